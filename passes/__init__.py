@@ -1,0 +1,1 @@
+"""One file, one pass; and the pipeline that runs them."""

@@ -1,0 +1,1 @@
+"""Passes that turn a finished graph into what runs."""

@@ -1,0 +1,1 @@
+"""Passes that fold layers into their neighbours; all EXACT."""

@@ -1,0 +1,1 @@
+"""Passes that choose, mask and remove channels."""

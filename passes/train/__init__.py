@@ -1,0 +1,1 @@
+"""Passes that train: they need data, and most of them a teacher."""

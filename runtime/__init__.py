@@ -1,0 +1,1 @@
+"""What runs, what trains, what is stored and what measures."""

@@ -1,0 +1,1 @@
+"""Layers of fxpress's own: plain, trainable torch modules."""

@@ -1,0 +1,1 @@
+"""The command line, the explainer, the visualiser and the benchmarks."""

@@ -1,0 +1,1 @@
+"""Benchmarks, run as `python -m fxpress.tools.bench.NAME [--quick] [--json FILE]`."""
