@@ -1,0 +1,123 @@
+"""What a pass is: options as a frozen model, a meaning, and a `run` that edits the graph.
+
+A pass is one small file. Its class derives from `Pass`; the fields are its options; `name`, `semantics` and `preserves`
+say what the pipeline may expect of it. `run` edits the graph that it is given (through `Graph.edit` or
+`Graph.adopt`) and returns what it did as data.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import Console
+from torch import nn
+
+from ..ir.graph import Graph
+from .options import Options
+
+if TYPE_CHECKING:
+    from ..runtime.data import Data
+
+
+class Semantics(enum.Enum):
+    """What a pass does to the function that the network computes."""
+
+    EXACT = "exact"
+    """The same function: equal outputs are proven on the example inputs."""
+    LOSSY = "lossy"
+    """Another function: the distance of the outputs is measured and reported."""
+    TRAINING = "training"
+    """The structure stays and the values are learned anew."""
+
+
+EXACT, LOSSY, TRAINING = Semantics.EXACT, Semantics.LOSSY, Semantics.TRAINING
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place that a pass left alone.
+
+    Args:
+        node: name of the node or layer.
+        reason: why, in words that a reader without the source can use.
+    """
+
+    node: str
+    reason: str
+
+
+@dataclass
+class PassResult:
+    """What a pass did.
+
+    Args:
+        notes: short sentences for the report, e.g. `folded 20 of 20`.
+        skips: what it left alone, and why.
+        distance: the distance that the pass proved or measured itself (masked against cut), relative max-norm;
+            None lets the pipeline measure output against output.
+        metrics: further numbers for the report and for other programs (JSON values), e.g. the loss per epoch.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    skips: list[Skip] = field(default_factory=list)
+    distance: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the graph.
+
+    Args:
+        original: the network as traced, before any pass; never edited. The reference for budgets and distances.
+        data: training, validation and calibration batches, if the caller gave some.
+        teacher: the network to learn from; the original's module where the caller gave none.
+        seed: seed of this pass; python, numpy and torch are seeded with it before `run`.
+        verify: whether structural passes must prove themselves before they commit.
+        console: where progress is shown; quiet when not on a terminal.
+        workdir: a directory that this pass may use for checkpoints, or None.
+    """
+
+    original: Graph
+    data: Data | None = None
+    teacher: nn.Module | None = None
+    seed: int = 0
+    verify: bool = True
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    workdir: Path | None = None
+
+
+class Pass(Options):
+    """Base of all passes.
+
+    A subclass sets `name` (as in pipeline files), `semantics`, and `preserves`: the analyses (functions of the graph)
+    whose cached results still hold after `run` although the graph was edited.
+    """
+
+    name: ClassVar[str]
+    semantics: ClassVar[Semantics]
+    preserves: ClassVar[tuple[Callable[[Graph], Any], ...]] = ()
+
+    @abstractmethod
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Edit `graph` in place; on an exception the pipeline restores the graph of before."""
+
+    @classmethod
+    def title(cls) -> str:
+        """What an error calls this pass."""
+        return f"pass {cls.name!r}"
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    def settings(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON values."""
+        options: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
+        return options
