@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..ir.errors import OptionError
-from .options import InvalidOption, Options
+from .options import InvalidOptionError, Options
 
 UNITS: dict[str, dict[str, float]] = {
     "macs": {"": 1, "K": 1e3, "M": 1e6, "G": 1e9},
@@ -29,8 +29,8 @@ def quantity(metric: str, text: str) -> float:
     """
     match, units = _QUANTITY.fullmatch(text), UNITS[metric]
     if match is None or match[2].upper() not in units or float(match[1]) <= 0:
-        examples = {"macs": "0.5 or '900M'", "params": "0.5 or '5M'", "size": "0.5 or '12MB'", "latency": "0.5 or '3.5ms'"}
-        raise InvalidOption(f"allowed: a fraction above 0 up to 1 or an amount, for example {examples[metric]}")
+        example = {"macs": "900M", "params": "5M", "size": "12MB", "latency": "3.5ms"}[metric]
+        raise InvalidOptionError(f"allowed: a fraction above 0 up to 1, or an amount such as {example!r}")
     return float(match[1]) * units[match[2].upper()]
 
 
@@ -39,7 +39,9 @@ def _limit(metric: str) -> Any:
         if isinstance(value, str):
             quantity(metric, value)
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise InvalidOption("allowed: the fraction that may remain, above 0 up to 1, or an amount with its unit")
+            raise InvalidOptionError(
+                "allowed: the fraction that may remain, above 0 up to 1, or an amount with its unit as text"
+            )
         return value
 
     return BeforeValidator(check)
@@ -63,7 +65,7 @@ class Budget(Options):
     @model_validator(mode="after")
     def _not_empty(self) -> Budget:
         if not self.metrics:
-            raise InvalidOption(f"a budget needs at least one of {', '.join(UNITS)}")
+            raise InvalidOptionError(f"a budget needs at least one of {', '.join(UNITS)}")
         return self
 
     @property

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from ..ir.errors import OptionError
 
 
-class InvalidOption(OptionError, ValueError):
+class InvalidOptionError(OptionError, ValueError):
     """An `OptionError` that pydantic may nest: inside another model it is reported under the option that holds it."""
 
 
@@ -43,10 +43,10 @@ class Options(BaseModel):
         return cls.__name__
 
 
-def explain_error(model: type[Options], error: ValidationError) -> InvalidOption:
+def explain_error(model: type[Options], error: ValidationError) -> InvalidOptionError:
     """Every mistake that pydantic found, in one line."""
     mistakes = _without_union_noise(error.errors(include_url=False))
-    return InvalidOption("; ".join(_explain_one(model, details) for details in mistakes))
+    return InvalidOptionError("; ".join(_explain_one(model, details) for details in mistakes))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
