@@ -1,0 +1,50 @@
+# Two commands: `make demo` and `make test`. Both need only python3 >= 3.10; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# touched after an install; a newer pyproject.toml installs again
+STAMP  := $(VENV)/.installed
+# threads would fight over few cores and change timings; the benchmarks set their own
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint types pytest pytest-all bench install clean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/fxpress demo --out demo.fxp
+
+# the order matters: pytest's closing line is the last thing printed
+test: lint types pytest
+
+test-all: lint types pytest-all
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A type checker cannot follow the editable install's mapping of folders, so it reads an installed copy.
+# `build` goes first: setuptools would carry deleted files over from it.
+types: $(STAMP)
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
+	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache --package fxpress
+
+pytest: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+pytest-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fxpress needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist demo.fxp .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
