@@ -5,8 +5,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # touched after an install; a newer pyproject.toml installs again
 STAMP  := $(VENV)/.installed
-# threads would fight over few cores and change timings; the benchmarks set their own
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all lint types pytest pytest-all bench install clean
 .DEFAULT_GOAL := demo
