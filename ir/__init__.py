@@ -1,1 +1,1 @@
-"""The graph, and what can be known of it: tracing, channel labels, groups, costs, the oracle."""
+"""The graph of a network and what can be known of it; imports torch, numpy, scipy and networkx alone."""
