@@ -12,16 +12,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from torch import nn
 
 from ..ir.graph import Graph
+from ..runtime.data import Data
 from .options import Options
-
-if TYPE_CHECKING:
-    from ..runtime.data import Data
 
 
 class Semantics(enum.Enum):
@@ -84,7 +82,7 @@ class Context:
     """
 
     original: Graph
-    data: Data | None = None
+    data: Data = field(default_factory=Data)
     teacher: nn.Module | None = None
     seed: int = 0
     verify: bool = True
@@ -95,13 +93,15 @@ class Context:
 class Pass(Options):
     """Base of all passes.
 
-    A subclass sets `name` (as in pipeline files), `semantics`, and `preserves`: the analyses (functions of the graph)
-    whose cached results still hold after `run` although the graph was edited.
+    A subclass sets `name` (as in pipeline files), `semantics`, and, where they are not empty, `preserves`: the analyses
+    (functions of the graph) whose cached results still hold after `run` although the graph was edited; and `needs`:
+    the parts of the data without which it cannot run, checked before the first pass of a pipeline.
     """
 
     name: ClassVar[str]
     semantics: ClassVar[Semantics]
     preserves: ClassVar[tuple[Callable[[Graph], Any], ...]] = ()
+    needs: ClassVar[tuple[Literal["train", "val", "calibration"], ...]] = ()
 
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> PassResult:

@@ -1,0 +1,73 @@
+"""`fold-batchnorm`: batch norms disappear into the layers before them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...ir.graph import Graph
+from ..base import EXACT, Context, Pass, PassResult, Semantics, Skip
+from .affine import Producer, fold_affine, producer_before
+
+
+class FoldBatchnorm(Pass):
+    """Fold every batch norm into the convolution or linear layer whose output it alone reads.
+
+    In evaluation mode a batch norm is an affine map per channel of the running mean μ and variance v:
+
+        bn(y) = γ (y − μ) / √(v + ε) + β = s y + t      with  s = γ / √(v + ε),  t = β − s μ
+
+    and behind a linear map `y = w ∗ x + b` it only changes that map:
+
+        s (w ∗ x + b) + t = (s w) ∗ x + (s b + t)       so  w' = s w  and  b' = s b + t
+
+    with s on the output channels of w. Without γ and β (`affine=False`) they are 1 and 0, without a bias b is 0. The
+    new weights are computed in double precision and rounded once to the dtype of the layer. A folded network computes
+    the same in evaluation mode; fine-tuned further, it no longer normalises by batch statistics.
+
+    Source: S. Ioffe, C. Szegedy, Batch Normalization, ICML 2015, section 3.1 (inference).
+    """
+
+    name: ClassVar[str] = "fold-batchnorm"
+    semantics: ClassVar[Semantics] = EXACT
+
+    def run(self, graph: Graph, context: Context) -> PassResult:  # noqa: ARG002
+        """Fold what can be folded; the rest is skipped with its reason."""
+        norms = [node for node in graph.nodes if isinstance(graph.layer(node), _BatchNorm)]
+        skips = []
+        with graph.edit(self.name):
+            for node in norms:
+                reason = fold_into_producer(graph, node)
+                if reason is not None:
+                    skips.append(Skip(node.name, reason))
+        return PassResult([f"folded {len(norms) - len(skips)} of {len(norms)} batch norms"], skips)
+
+
+def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
+    """Fold one batch norm node; a reason where that is not possible."""
+    norm = graph.layer(node)
+    assert isinstance(norm, _BatchNorm)
+    if norm.running_mean is None or norm.running_var is None:
+        return "it keeps no running statistics, so it normalises by the batch"
+    source = producer_before(graph, node)
+    if isinstance(source, str):
+        return source
+    producer: Producer = graph.layer(source)  # type: ignore[assignment]
+    fold_affine(producer, *affine_of(norm))
+    node.replace_all_uses_with(source)
+    return None
+
+
+def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor s and term t, both `(C,)` in double precision, with `bn(y) = s y + t` in evaluation mode."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator, union-attr]
+    scale = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()  # type: ignore[operator]
+    shift = -scale * mean
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()  # type: ignore[operator]
+    return scale, shift

@@ -1,0 +1,78 @@
+"""The numbers of a report row."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from ..ir.cost import measure_cost
+from ..ir.graph import Graph
+from ..runtime.artifact import size_on_disk
+from ..runtime.data import Data
+from ..runtime.measure import accuracy, latency_ratio
+from .base import Pass, PassResult
+from .batch import example_batch
+from .report import Row
+
+ROUGH, CAREFUL = 5, 21
+"""Rounds of a latency measurement: behind each pass, and for the final network."""
+
+
+class Measurements:
+    """Measures a network on its way against the original.
+
+    Args:
+        original: the network as traced; latency is measured interleaved with it.
+        data: accuracy is measured where `data.val` is given.
+    """
+
+    def __init__(self, original: Graph, data: Data) -> None:
+        self.original = original
+        self.validation = data.val
+        self.inputs = example_batch(original)
+
+    def first_row(self, distance: float | None, seconds: float) -> Row:
+        """The network as traced."""
+        dropped = ", ".join(self.original.dropped)
+        notes = [f"not part of the network in evaluation mode: {dropped}"] if dropped else []
+        row = Row("trace", "exact", distance=distance, seconds=seconds, notes=notes)
+        self._fill(row, self.original)
+        row.latency_ratio = 1.0
+        return row
+
+    def row(self, one: Pass, graph: Graph, result: PassResult, seconds: float, *, careful: bool) -> Row:
+        """The network behind one pass; `careful` where it is the last one."""
+        row = Row(
+            one.name,
+            one.semantics.value,
+            one.settings(),
+            distance=result.distance,
+            seconds=seconds,
+            notes=list(result.notes),
+            skips=list(result.skips),
+            metrics=dict(result.metrics),
+        )
+        self._fill(row, graph, CAREFUL if careful else ROUGH)
+        return row
+
+    def environment(self, seed: int) -> dict[str, Any]:
+        """What the numbers were measured on."""
+        inputs = ", ".join(str(tuple(one.shape)) for one in self.original.example_args if isinstance(one, torch.Tensor))
+        return {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "latency threads": 1,
+            "inputs": inputs,
+            "seed": seed,
+        }
+
+    def _fill(self, row: Row, graph: Graph, rounds: int = ROUGH) -> None:
+        cost = measure_cost(graph)
+        row.parameters, row.macs, row.size_bytes = cost.params, cost.macs, size_on_disk(graph)
+        if self.validation is not None:
+            row.accuracy = accuracy(graph, self.validation)
+        if self.inputs is not None:
+            latency = latency_ratio(graph, self.original, self.inputs, rounds=rounds)
+            row.latency_ms, row.latency_ratio = latency.candidate_ms, latency.ratio
