@@ -192,8 +192,9 @@ def _copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph and the module tree; tensors are shared."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     root = nn.Module()
-    for name, child in module.named_children():
-        root.add_module(name, copy.deepcopy(child, memo))
+    for name, child in module._modules.items():
+        if child is not None:
+            root.add_module(name, copy.deepcopy(child, memo))
     for name, parameter in module._parameters.items():
         root.register_parameter(name, parameter)
     for name, buffer in module._buffers.items():

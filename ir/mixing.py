@@ -1,0 +1,272 @@
+"""Label rules of the operations that mix channels: convolution, linear, matmul, einsum and attention.
+
+A producer reads channels (its weight has a slot for them), and gives out fresh atoms (its weight has a slot for those
+too). A contraction between two activations unites the labels of the dimension that it sums over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor, fx
+
+from .graph import TensorSpec
+from .labels import Labels, Term, _unlabelled, along, collapse, shape_of, varies, varying, zeros
+
+
+def channel_vector(labels: Labels, x: Tensor, dim: int) -> Tensor:
+    """Labels along one dimension, shape (C,), united over all others."""
+    dim %= x.dim()
+    if any(d != dim for d in varying(x)):
+        x = labels.tie(x, [d for d in range(x.dim()) if d != dim])
+    return x.as_strided((x.shape[dim],), (x.stride(dim),), x.storage_offset())
+
+
+# -- producers ------------------------------------------------------------------------------------------------
+
+
+class Weight:
+    """The weight of a producer: a layer's own parameter, or a node whose value is constant."""
+
+    def __init__(self, labels: Labels, source: fx.Node | str) -> None:
+        self.labels = labels
+        self.name = source if isinstance(source, str) else constant_name(source)
+        self.shape = tuple(labels.graph.tensor(source).shape) if isinstance(source, str) else shape_of(source)
+
+    def bind(self, dim: int, vector: Tensor) -> None:
+        """Give dimension `dim` its labels."""
+        self.labels.bind(self.name, dim, vector)
+
+
+def constant_name(node: fx.Node) -> str:
+    """Slot name of a constant: its state-dict name, or `%node` for one that is computed."""
+    return str(node.target) if node.op == "get_attr" else f"%{node.name}"
+
+
+def convolution_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
+    """torch.nn.Conv1d ... ConvTranspose3d."""
+    bias = f"{path}.bias" if layer.bias is not None else None
+    return convolve(labels, node, Weight(labels, f"{path}.weight"), bias, layer.groups, layer.transposed)
+
+
+def convolution_op(labels: Labels, node: fx.Node) -> Any:
+    """A functional convolution, whose weight is a value of the graph."""
+    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
+    weight, bias = given["weight"], given.get("bias")
+    if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
+        return _dynamic(labels, node)
+    transposed = "transpose" in str(node.target) or bool(given.get("transposed", False))
+    name = constant_name(bias) if isinstance(bias, fx.Node) else None
+    groups = int(given.get("groups", 1))  # type: ignore[arg-type]
+    return convolve(labels, node, Weight(labels, weight), name, groups, transposed)  # type: ignore[arg-type]
+
+
+def _dynamic(labels: Labels, node: fx.Node) -> Any:
+    """A producer whose weight is computed from the input."""
+    for source in node.all_input_nodes:
+        if isinstance(source.meta.get("spec"), TensorSpec):
+            labels.pin(labels.read(source), "meets a weight that is computed from the input")
+    return _unlabelled(node.meta["spec"])
+
+
+def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, groups: int, transposed: bool) -> Any:
+    """Labels of a convolution's output; the weight's slots and the cost are noted.
+
+    Weights have shape (O, I/groups, *kernel), transposed ones (I, O/groups, *kernel). Depthwise convolutions pass
+    labels through; grouped ones tie position j of every group, for all groups must stay equally wide.
+    """
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    x, shape = labels.read(source), shape_of(node)
+    rank = len(weight.shape) - 2
+    channel = len(shape) - rank - 1
+    read = channel_vector(labels, x, channel)
+    inputs, outputs = len(read), shape[channel]
+    kernel = prod(weight.shape[2:])
+    labels.readers[node] = (source,)
+    if groups == inputs and groups > 1:
+        written = read.repeat_interleave(outputs // inputs) if outputs != inputs else read
+        weight.bind(0, read if transposed else written)
+        macs = prod(x.shape if transposed else shape) * kernel * (weight.shape[1] if transposed else 1)
+        labels.terms.append(Term(node, macs, (written,)))
+    else:
+        if groups > 1:
+            read = labels.tie(read.view(groups, -1), [0]).reshape(-1)
+        fresh = labels.atoms_vector(outputs // groups)
+        written = fresh.repeat(groups) if groups > 1 else fresh
+        share = read[: inputs // groups] if groups > 1 else read
+        weight.bind(0, read if transposed else written)
+        weight.bind(1, fresh if transposed else share)
+        macs = prod(x.shape if transposed else shape) * kernel * weight.shape[1]
+        labels.terms.append(Term(node, macs, (fresh, share)))
+    if bias is not None:
+        labels.bind(bias, 0, written)
+    return along(written, channel, shape)
+
+
+def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
+    """torch.nn.Linear."""
+    bias = f"{path}.bias" if layer.bias is not None else None
+    return linear(labels, node, Weight(labels, f"{path}.weight"), bias)
+
+
+def linear_op(labels: Labels, node: fx.Node) -> Any:
+    """A functional linear, whose weight is a value of the graph."""
+    weight: Any = node.args[1]
+    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
+        return _dynamic(labels, node)
+    return linear(labels, node, Weight(labels, weight), constant_name(bias) if bias is not None else None)
+
+
+def linear(labels: Labels, node: fx.Node, weight: Weight, bias: str | None) -> Any:
+    """Labels of x W^T + b over the last dimension, weight (out, in).
+
+    Where the last dimension is not labelled but another is (mixing tokens, channels along another axis), the labels
+    pass and the weight stays as it is.
+    """
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    x, shape = labels.read(source), shape_of(node)
+    labels.readers[node] = (source,)
+    last = x.dim() - 1
+    macs = prod(shape) * weight.shape[1]
+    if not varies(x, last) and varying(x):
+        passed = x.narrow(last, 0, 1).expand(shape)
+        labels.terms.append(Term(node, macs, (collapse(passed).reshape(-1),)))
+        return passed
+    read = channel_vector(labels, x, last)
+    fresh = labels.atoms_vector(shape[-1])
+    weight.bind(1, read)
+    weight.bind(0, fresh)
+    if bias is not None:
+        labels.bind(bias, 0, fresh)
+    labels.terms.append(Term(node, macs, (fresh, read)))
+    return along(fresh, last, shape)
+
+
+# -- contractions ---------------------------------------------------------------------------------------------
+
+
+def matmul(labels: Labels, node: fx.Node) -> Any:
+    """matmul, bmm and mm as an einsum over named dimensions."""
+    a, b = node.args[:2]
+    ranks = len(shape_of(a)), len(shape_of(b))  # type: ignore[arg-type]
+    batch = "abcdefgh"[: max(ranks) - 2] if max(ranks) > 2 else ""
+    left = (batch[len(batch) - max(0, ranks[0] - 2) :] + "xk")[-ranks[0] :] if ranks[0] > 1 else "k"
+    right = batch[len(batch) - max(0, ranks[1] - 2) :] + "ky" if ranks[1] > 1 else "k"
+    result = batch + ("x" if ranks[0] > 1 else "") + ("y" if ranks[1] > 1 else "")
+    return contract(labels, node, (a, left), (b, right), result)  # type: ignore[arg-type]
+
+
+def einsum(labels: Labels, node: fx.Node) -> Any:
+    """einsum of one or two operands, no repeated letter within an operand."""
+    equation = str(node.args[0]).replace(" ", "")
+    operands: Any = node.args[1]
+    inputs, _, result = equation.partition("->")
+    letters = inputs.split(",")
+    simple = "." not in equation and "->" in equation and all(len(set(part)) == len(part) for part in letters)
+    if len(operands) != 2 or not simple:
+        return _dynamic(labels, node)
+    return contract(labels, node, (operands[0], letters[0]), (operands[1], letters[1]), result)
+
+
+def attention(labels: Labels, node: fx.Node) -> Any:
+    """scaled_dot_product_attention(q, k, v, mask): softmax(q k^T s + mask) v."""
+    query, key, value = node.args[:3]
+    rank = len(shape_of(query))  # type: ignore[arg-type]
+    heads = "abcdefgh"[: rank - 2]
+    scores_shape = (*shape_of(query)[:-1], shape_of(key)[-2])  # type: ignore[arg-type]
+    scores = contract(labels, node, (query, heads + "xk"), (key, heads + "yk"), heads + "xy", shape=scores_shape)  # type: ignore[arg-type]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if isinstance(mask, fx.Node):
+        from .rules import _adopt, _align
+
+        if labels.is_constant(mask):
+            _adopt(labels, labels.representative(mask), scores)
+        else:
+            labels.unite(_align(labels.read(mask), scores.shape).expand(scores.shape), scores)
+    scores = labels.tie(scores, [rank - 1])
+    return contract(labels, node, (scores, heads + "xk"), (value, heads + "ky"), heads + "xy")  # type: ignore[arg-type]
+
+
+def contract(
+    labels: Labels,
+    node: fx.Node,
+    a: tuple[fx.Node | Tensor, str],
+    b: tuple[fx.Node | Tensor, str],
+    result: str,
+    *,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
+    """Labels of a sum of products over the letters that `result` lacks.
+
+    Labels along summed letters of both operands are united; labels along the others pass to the result. Where both
+    operands bring labels of their own, a position would belong to two atoms, so these are united.
+    """
+    shape = tuple(shape_of(node) if shape is None else shape)
+    sides = [_Side(labels, operand, letters) for operand, letters in (a, b)]
+    order = "".join(dict.fromkeys(a[1] + b[1]))
+    summed = [letter for letter in order if letter not in result]
+    sizes = {letter: max(side.size(letter) for side in sides) for letter in order}
+    readers = [s.operand for s in sides if isinstance(s.operand, fx.Node) and not labels.is_constant(s.operand)]
+    labels.readers[node] = (*labels.readers.get(node, ()), *readers)
+
+    brought: list[Tensor] = []
+    inner: tuple[Tensor, ...] = ()
+    if any(side.moves(summed) for side in sides):
+        for side, other in zip(sides, reversed(sides), strict=True):
+            side.tie(letter for letter in result if letter not in other.letters)
+        left, right = (side.spread(order, sizes) for side in sides)
+        labels.unite(left, right)
+        lead = left if sides[0].moves(summed) else right
+        if labels.attention == "heads":
+            lead = labels.tie(lead, [order.index(letter) for letter in summed])
+            brought.append(_Side(labels, lead, order).spread(result, sizes))
+        inner = (collapse(lead).reshape(-1),)
+    brought += [side.spread(result, sizes) for side in sides if not side.moves(summed) and side.live()]
+    out = zeros(shape)
+    for count, part in enumerate(piece.expand(shape) for piece in brought):
+        if count:
+            labels.unite(out, part)
+            out = labels.tie(out, [d for d in range(len(shape)) if varies(out, d) != varies(part, d)])
+        else:
+            out = part
+    vectors = (*inner, *((collapse(out).reshape(-1),) if varying(out) else ()))
+    labels.terms.append(Term(node, prod(shape) * prod(sizes[letter] for letter in summed), vectors))
+    return out
+
+
+class _Side:
+    """One operand of a contraction: its labels, and a letter for each of its dimensions."""
+
+    def __init__(self, labels: Labels, operand: fx.Node | Tensor, letters: str) -> None:
+        self.labels, self.operand, self.letters = labels, operand, letters
+        self.x: Tensor = labels.read(operand)
+
+    def size(self, letter: str) -> int:
+        """Size along a letter, 1 where the operand lacks it."""
+        return self.x.shape[self.letters.index(letter)] if letter in self.letters else 1
+
+    def moves(self, letters: Sequence[str]) -> bool:
+        """Whether the labels change along any of the letters."""
+        return any(varies(self.x, self.letters.index(letter)) for letter in letters if letter in self.letters)
+
+    def live(self) -> bool:
+        """Whether any position belongs to an atom."""
+        return bool(varying(self.x)) or bool(collapse(self.x).any())
+
+    def tie(self, letters: Iterable[str]) -> None:
+        """Unite positions along the letters."""
+        self.x = self.labels.tie(self.x, [self.letters.index(letter) for letter in letters if letter in self.letters])
+
+    def spread(self, order: str, sizes: Mapping[str, int]) -> Tensor:
+        """Labels with dimensions in the order of letters; those not in `order` (all alike) go, missing ones expand."""
+        x, letters = self.x, self.letters
+        for position in range(len(letters) - 1, -1, -1):
+            if letters[position] not in order:
+                x, letters = x.select(position, 0), letters[:position] + letters[position + 1 :]
+        x = x.permute([letters.index(letter) for letter in order if letter in letters])
+        index = tuple(slice(None) if letter in letters else None for letter in order)
+        return x[index].expand([sizes[letter] for letter in order])
