@@ -1,1 +1,3 @@
-"""Layers of fxpress's own: plain, trainable torch modules."""
+"""Layers of fxpress's own: plain, trainable torch modules. Importing the package registers all of them."""
+
+from .channel_mask import ChannelMask as ChannelMask
