@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..ir.cost import measure_cost
 from ..ir.graph import Graph
-from ..runtime.artifact import size_on_disk
+from ..runtime import artifact
 from ..runtime.data import Data
 from ..runtime.measure import accuracy, latency_ratio
 from .base import Pass, PassResult
@@ -70,9 +72,15 @@ class Measurements:
 
     def _fill(self, row: Row, graph: Graph, rounds: int = ROUGH) -> None:
         cost = measure_cost(graph)
-        row.parameters, row.macs, row.size_bytes = cost.params, cost.macs, size_on_disk(graph)
+        row.parameters, row.macs, row.size_bytes = cost.params, cost.macs, saved_bytes(graph)
         if self.validation is not None:
             row.accuracy = accuracy(graph, self.validation)
         if self.inputs is not None:
             latency = latency_ratio(graph, self.original, self.inputs, rounds=rounds)
             row.latency_ms, row.latency_ratio = latency.candidate_ms, latency.ratio
+
+
+def saved_bytes(graph: Graph) -> int:
+    """Bytes of the network as an .fxp file, example inputs included: one is written and removed."""
+    with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
+        return artifact.save(Path(folder) / "size.fxp", graph)

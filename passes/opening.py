@@ -10,11 +10,10 @@ from torch import nn
 from ..ir.errors import ModelError
 from ..ir.graph import Graph
 from ..ir.trace import trace
-from ..ir.verify import distance
-from ..runtime.forward import modes_restored
+from ..ir.verify import distance, evaluating, run, tolerance
 from .clone import clone_graph
 from .compiled import Compiled
-from .runner import check_finite, tolerance
+from .runner import check_finite
 
 
 def open_model(model: Any, example_inputs: Any, *, verify: bool = True) -> tuple[Graph, float | None]:
@@ -63,10 +62,9 @@ def _open_graph(graph: Graph, example_inputs: Any) -> Graph:
 
 def _gap(model: nn.Module, graph: Graph) -> float:
     """Relative distance of the traced graph's outputs to the model's."""
-    args, kwargs = graph.example_args, graph.example_kwargs
-    with modes_restored(model), torch.no_grad():
-        model.eval()
-        gap = distance(model(*args, **kwargs), graph(*args, **kwargs))
+    with evaluating(model):
+        expected = model(*graph.example_args, **graph.example_kwargs)
+    gap = distance(expected, run(graph))
     limit = tolerance(graph)
     if not gap <= limit:
         raise ModelError(

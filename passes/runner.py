@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from ..ir.errors import FxpressError, GraphError, ModelError
 from ..ir.graph import Graph
-from ..ir.verify import compare, lint, prove_equal
+from ..ir.verify import distance, lint, prove_equal, run
 from .base import EXACT, LOSSY, Context, Pass, PassResult
 from .clone import clone_graph
 from .seeding import seeded
-
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Relative max-norm within which the outputs before and behind an EXACT pass are equal, by the coarsest dtype."""
 
 
 def run_pass(one: Pass, graph: Graph, context: Context) -> tuple[PassResult, float]:
@@ -56,17 +53,11 @@ def check_finite(module: nn.Module) -> None:
         _check_tensor(name, buffer, "buffer", allow_inf="running_" not in name)
 
 
-def tolerance(graph: Graph) -> float:
-    """The tolerance of the coarsest floating dtype among the graph's parameters and buffers."""
-    tensors = (*graph.module.parameters(), *graph.module.buffers())
-    return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in tensors), default=0.0) or TOLERANCES[torch.float32]
-
-
 def _verify(one: Pass, before: Graph, graph: Graph, result: PassResult) -> None:
     if one.semantics is EXACT:
-        result.distance = prove_equal(before, graph, tolerance(graph))
+        result.distance = prove_equal(before, graph)
     elif one.semantics is LOSSY and result.distance is None:
-        result.distance = compare(before, graph)
+        result.distance = distance(run(before), run(graph))
 
 
 @contextmanager

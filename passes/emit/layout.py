@@ -16,6 +16,7 @@ Layout = Literal["contiguous", "channels-last"]
 
 WORTHWHILE = 0.97
 """Channels-last is taken where its share of the contiguous time is at most this."""
+ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def choose_layout(graph: Graph, wish: Literal["auto", "contiguous", "channels-la
         return Choice("contiguous", "contiguous: not measured, the inputs mix positional and keyword ones")
     candidate = graph.copy()
     set_channels_last(candidate, "emit")
-    latency = latency_ratio(candidate, graph, batch)
+    latency = latency_ratio(candidate, graph, batch, rounds=ROUNDS)
     layout: Layout = "channels-last" if latency.ratio <= WORTHWHILE else "contiguous"
     return Choice(layout, f"{layout}: channels-last takes {latency.ratio:.2f} of the contiguous time", latency.ratio)
 

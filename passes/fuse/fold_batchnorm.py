@@ -43,7 +43,8 @@ class FoldBatchnorm(Pass):
                 reason = fold_into_producer(graph, node)
                 if reason is not None:
                     skips.append(Skip(node.name, reason))
-        return PassResult([f"folded {len(norms) - len(skips)} of {len(norms)} batch norms"], skips)
+        notes = [f"folded {len(norms) - len(skips)} of {len(norms)} batch norms"] if norms else []
+        return PassResult(notes, skips, metrics={"folded": len(norms) - len(skips)})
 
 
 def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
