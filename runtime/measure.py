@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,11 +16,15 @@ from torch import nn
 
 from ..ir.errors import OptionError
 from ..ir.graph import Graph
+from .artifact import save
 from .data import Inputs, images_in
 from .evaluate import Evaluation, accuracy, evaluate
 from .forward import call, modes_restored
 
-__all__ = ["Evaluation", "Latency", "accuracy", "evaluate", "latency_ratio"]
+__all__ = ["Evaluation", "Latency", "accuracy", "bytes_on_disk", "evaluate", "latency_ratio"]
+
+
+Clock = Literal["cpu", "wall"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Latency:
         batch: images per call.
         rounds: how many rounds.
         threads: threads that torch used.
+        clock: `cpu` time of the process, or `wall` time.
     """
 
     ratio: float
@@ -47,12 +55,13 @@ class Latency:
     batch: int
     rounds: int
     threads: int
+    clock: Clock
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return (
             f"{self.ratio:.3f} [{self.ratio_low:.3f}, {self.ratio_high:.3f}] of the time: {self.candidate_ms:.2f} "
-            f"against {self.reference_ms:.2f} ms, batch {self.batch}, {threads}"
+            f"against {self.reference_ms:.2f} ms, batch {self.batch}, {threads}, {self.clock} time"
         )
 
 
@@ -63,6 +72,7 @@ def latency_ratio(
     *,
     rounds: int = 21,
     threads: int = 1,
+    clock: Clock | None = None,
     round_ms: float = 5.0,
 ) -> Latency:
     """Time two networks in turns, so that what else the machine does falls on both alike.
@@ -76,6 +86,9 @@ def latency_ratio(
         inputs: one batch.
         rounds: how many; a few before them warm up and are not counted.
         threads: threads that torch may use meanwhile.
+        clock: `cpu` counts what the process computes, on all its threads: with one thread that is the latency
+            without the time in which other programs had the core. `wall` is what more threads need. None picks `cpu`
+            for one thread and `wall` for more.
         round_ms: least time to spend on each network in a round.
 
     Raises:
@@ -84,32 +97,43 @@ def latency_ratio(
     if rounds < 1 or threads < 1:
         raise OptionError(f"latency needs at least 1 round and 1 thread, not {rounds} and {threads}")
     modules = [network.module if isinstance(network, Graph) else network for network in (candidate, reference)]
+    clock = clock or ("cpu" if threads == 1 else "wall")
     with _threads(threads), modes_restored(*modules), torch.inference_mode():
         for module in modules:
             module.eval()
-        calls = [max(1, int(np.ceil(round_ms / _warm_up(module, inputs)))) for module in modules]
+        calls = [max(1, int(np.ceil(round_ms / _warm_up(module, inputs, clock)))) for module in modules]
         times = np.empty((rounds, 2))
         for index in range(rounds):
             for which in (0, 1) if index % 2 else (1, 0):
-                times[index, which] = _time_ms(modules[which], inputs, calls[which])
+                times[index, which] = _time_ms(modules[which], inputs, calls[which], clock)
     low, ratio, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75))
     quartiles = np.quantile(times, (0.25, 0.5, 0.75), axis=0)
     spread, median = quartiles[2] - quartiles[0], quartiles[1]
-    return Latency(
-        *map(float, (ratio, low, high, median[0], spread[0], median[1], spread[1])), images_in(inputs), rounds, threads
-    )
+    numbers = map(float, (ratio, low, high, median[0], spread[0], median[1], spread[1]))
+    return Latency(*numbers, batch=images_in(inputs), rounds=rounds, threads=threads, clock=clock)
 
 
-def _warm_up(module: nn.Module, inputs: Inputs) -> float:
+def _warm_up(module: nn.Module, inputs: Inputs, clock: Clock) -> float:
     """Fastest of a few calls in ms."""
-    return max(1e-3, min(_time_ms(module, inputs, 1) for _ in range(4)))
+    return max(1e-3, min(_time_ms(module, inputs, 1, clock) for _ in range(4)))
 
 
-def _time_ms(module: nn.Module, inputs: Inputs, calls: int) -> float:
-    start = time.perf_counter()
+def _time_ms(module: nn.Module, inputs: Inputs, calls: int, clock: Clock) -> float:
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    start = now()
     for _ in range(calls):
         call(module, inputs)
-    return (time.perf_counter() - start) * 1e3 / calls
+    return (now() - start) * 1e3 / calls
+
+
+def bytes_on_disk(graph: Graph) -> int:
+    """Size of the `.fxp` file that holds this graph alone: it is written to a temporary folder and removed.
+
+    Raises:
+        ArtifactError: the graph holds something that has no form in the file, or there is no space.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return save(Path(folder) / "size.fxp", graph)
 
 
 @contextlib.contextmanager

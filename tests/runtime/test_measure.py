@@ -65,8 +65,8 @@ class TestEvaluate:
             evaluate(nn.Flatten(0), [(scores(2), torch.tensor([0, 1]))])
 
 
-class Sleeper(nn.Module):
-    """Takes a given time, whatever else the machine does."""
+class Worker(nn.Module):
+    """Takes a given CPU time, whatever else the machine does."""
 
     def __init__(self, ms):
         super().__init__()
@@ -76,30 +76,43 @@ class Sleeper(nn.Module):
         self.calls += 1
         assert not self.training
         assert torch.get_num_threads() == 1
-        time.sleep(self.ms / 1e3)
+        end = time.process_time() + self.ms / 1e3
+        while time.process_time() < end:
+            pass
         return x
 
 
 class TestLatency:
     def test_ratio_and_medians(self):
-        slow, fast = Sleeper(8.0), Sleeper(2.0)
+        slow, fast = Worker(8.0), Worker(2.0)
         found = latency_ratio(fast, slow, torch.zeros(4, 1), rounds=5)
-        assert 0.2 < found.ratio < 0.5
+        assert 0.24 < found.ratio < 0.3
         assert found.ratio_low <= found.ratio <= found.ratio_high
         assert 2 <= found.candidate_ms < found.reference_ms
         assert found.reference_ms >= 8
-        assert (found.batch, found.rounds, found.threads) == (4, 5, 1)
+        assert (found.batch, found.rounds, found.threads, found.clock) == (4, 5, 1, "cpu")
         assert slow.training
         assert fast.calls > slow.calls  # the quick one is called more often per round
 
     def test_threads_come_back(self):
         before = torch.get_num_threads()
-        latency_ratio(Sleeper(0.1), Sleeper(0.1), torch.zeros(1, 1), rounds=1)
+        latency_ratio(Worker(0.1), Worker(0.1), torch.zeros(1, 1), rounds=1)
         assert torch.get_num_threads() == before
 
+    def test_wall_time_counts_waiting(self):
+        class Waiter(nn.Module):
+            def forward(self, x):
+                time.sleep(0.004)
+
+        wall = latency_ratio(Waiter(), Waiter(), torch.zeros(1, 1), rounds=3, clock="wall")
+        cpu = latency_ratio(Waiter(), Waiter(), torch.zeros(1, 1), rounds=3)
+        assert cpu.candidate_ms < 2 < 4 <= wall.candidate_ms
+        two = latency_ratio(nn.ReLU(), nn.ReLU(), torch.zeros(1, 1), rounds=1, threads=2, round_ms=0.1)
+        assert (two.threads, two.clock) == (2, "wall")
+
     def test_text(self):
-        text = str(Latency(0.5, 0.49, 0.52, 1.0, 0.1, 2.0, 0.1, 64, 21, 1))
-        assert text == "0.500 [0.490, 0.520] of the time: 1.00 against 2.00 ms, batch 64, 1 thread"
+        text = str(Latency(0.5, 0.49, 0.52, 1.0, 0.1, 2.0, 0.1, 64, 21, 1, "cpu"))
+        assert text == "0.500 [0.490, 0.520] of the time: 1.00 against 2.00 ms, batch 64, 1 thread, cpu time"
 
     def test_bad_numbers(self):
         with pytest.raises(OptionError, match="at least 1 round and 1 thread, not 0 and 1"):
