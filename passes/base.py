@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from rich.console import Console
 from torch import nn
@@ -101,7 +101,7 @@ class Pass(Options):
     name: ClassVar[str]
     semantics: ClassVar[Semantics]
     preserves: ClassVar[tuple[Callable[[Graph], Any], ...]] = ()
-    needs: ClassVar[tuple[Literal["train", "val", "calibration"], ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> PassResult:

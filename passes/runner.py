@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..ir.errors import FxpressError, GraphError, ModelError
 from ..ir.graph import Graph
 from ..ir.verify import distance, lint, prove_equal, run
+from ..runtime.training.seeds import seeded
 from .base import EXACT, LOSSY, Context, Pass, PassResult
 from .clone import clone_graph
-from .seeding import seeded
 
 
 def run_pass(one: Pass, graph: Graph, context: Context) -> tuple[PassResult, float]:
