@@ -2,6 +2,17 @@
 
 from .batches import Batch, Inputs, check_targets, checked_batches, images_in
 from .data import Data, Loader
-from .sources import load_data
+from .sources import DATASETS, load_data, load_data_like
 
-__all__ = ["Batch", "Data", "Inputs", "Loader", "check_targets", "checked_batches", "images_in", "load_data"]
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "Data",
+    "Inputs",
+    "Loader",
+    "check_targets",
+    "checked_batches",
+    "images_in",
+    "load_data",
+    "load_data_like",
+]

@@ -44,6 +44,7 @@ class Recipe:
         mean: per channel, of images scaled to 0-1.
         std: per channel.
         image_size: height and width that images are resized to (bilinear); None leaves them.
+        channels: grey images are repeated to so many channels, after normalisation; None leaves them.
         crop: pixels of zero padding from which a random crop of the old size is cut; 0 for none.
         flip: mirror every second image, at random.
     """
@@ -51,6 +52,7 @@ class Recipe:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int | None = None
+    channels: int | None = None
     crop: int = 0
     flip: bool = False
 
@@ -67,7 +69,8 @@ class Recipe:
         if self.flip:
             batch = torch.where((torch.rand(len(batch)) < 0.5)[:, None, None, None], batch.flip(-1), batch)
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (batch - mean) / std
+        batch = (batch - mean) / std
+        return batch if self.channels is None else batch.expand(-1, self.channels, -1, -1)
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:

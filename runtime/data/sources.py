@@ -38,6 +38,7 @@ def load_data(
     batch_size: int = 64,
     seed: int = 0,
     image_size: int | None = None,
+    channels: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     augment: bool = True,
@@ -52,6 +53,7 @@ def load_data(
         batch_size: images per batch.
         seed: of the order of the training images and of the choice of `limit`.
         image_size: height and width to resize to; None keeps the images' own (`digits` 8, `folder` 224).
+        channels: of the images; grey ones are repeated. None keeps the images' own.
         mean: per channel of images scaled to 0-1; None takes the data set's own (ImageNet's for `folder`).
         std: per channel, likewise.
         augment: whether training images are shifted at random (and mirrored, except digits of any kind).
@@ -64,23 +66,45 @@ def load_data(
     """
     name, _, place = spec.partition(":")
     folder = Path(place).expanduser() if place else None
-    for label, number in (("batch_size", batch_size), ("image_size", image_size), ("limit", limit)):
+    for label, number in (
+        ("batch_size", batch_size),
+        ("image_size", image_size),
+        ("channels", channels),
+        ("limit", limit),
+    ):
         if number is not None and number < 1:
             raise DataError(f"{label} {number} is out of range", hint="Give 1 or more.")
     if name == "folder":
+        _check_channels(channels, 3)
         root = _required(folder, spec)
         stats = (mean or IMAGENET_MEAN, std or IMAGENET_STD)
         return folder_data(root, batch_size, seed, image_size or 224, *stats, augment, limit, workers)
     if name not in _SOURCES:
         raise DataError(f"unknown data {spec!r}", hint=f"Known: {', '.join(DATASETS)}.")
     read, recipe = _SOURCES[name]
-    recipe = replace(recipe, mean=mean or recipe.mean, std=std or recipe.std, image_size=image_size)
+    recipe = replace(recipe, mean=mean or recipe.mean, std=std or recipe.std, image_size=image_size, channels=channels)
     return _in_memory(read(folder), recipe, batch_size, seed, augment, limit)
+
+
+def load_data_like(spec: str, example: Tensor, *, batch_size: int = 64, seed: int = 0, workers: int = 0) -> Data:
+    """`load_data` with images of the size and channels of a network's example input `(N, C, S, S)`.
+
+    Raises:
+        DataError: as `load_data`, or the network does not take square images of that many channels.
+    """
+    if example.ndim != 4 or example.shape[2] != example.shape[3]:
+        raise DataError(
+            f"the network takes inputs {tuple(example.shape)}, data {spec!r} are square images (N, C, S, S)",
+            hint="In Python, Data(val=...) takes any loader.",
+        )
+    channels, size = example.shape[1:3]
+    return load_data(spec, batch_size=batch_size, seed=seed, image_size=size, channels=channels, workers=workers)
 
 
 def _in_memory(split: Split, recipe: Recipe, batch_size: int, seed: int, augment: bool, limit: int | None) -> Data:
     """Loaders for a split; `recipe` is the training one, the others do without its crop and flip."""
     channels = split.train_images.shape[1]
+    _check_channels(recipe.channels, channels)
     if {len(recipe.mean), len(recipe.std)} - {1, channels}:
         raise DataError(f"mean {recipe.mean} and std {recipe.std} do not fit images of {channels} channels")
     plain = replace(recipe, crop=0, flip=False)
@@ -94,6 +118,13 @@ def _in_memory(split: Split, recipe: Recipe, batch_size: int, seed: int, augment
         val=make_loader(val, batch_size),
         calibration=make_loader(few, batch_size),
     )
+
+
+def _check_channels(wanted: int | None, channels: int) -> None:
+    if wanted not in (None, channels) and channels != 1:
+        raise DataError(
+            f"images of {channels} channels cannot become images of {wanted}", hint="Only grey images can be repeated."
+        )
 
 
 def _digits(folder: Path | None) -> Split:

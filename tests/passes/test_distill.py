@@ -87,16 +87,16 @@ def test_same_seed_same_weights():
 def test_what_may_be_missing_or_wrong():
     with pytest.raises(DataError, match="pass 'distill' needs data to train on, and none was given"):
         fxpress.compile(network(0), ["distill"], EXAMPLE)
-    with pytest.raises(DataError, match="train loader .* is empty"):
+    with pytest.raises(DataError, match=r"train loader .* is empty"):
         fxpress.compile(network(0), ["distill"], EXAMPLE, data=fxpress.Data(train=[]))
     with pytest.raises(DataError, match="a generator: it would be used up"):
         fxpress.compile(network(0), ["distill"], EXAMPLE, data=fxpress.Data(train=(b for b in batches())))
-    with pytest.raises(OptionError, match="distill.*no option 'epoch'.*did you mean 'epochs'"):
+    with pytest.raises(OptionError, match=r"distill.*no option 'epoch'.*did you mean 'epochs'"):
         Distill(epoch=3)
     with pytest.raises(OptionError, match="option 'temperature': given 0"):
         Distill(temperature=0)
+    options = {"lr": 1e30, "warmup": 0.0, "clip_norm": None, "loss": "cross-entropy"}
     with pytest.raises(TrainingError, match=r"distill.*the loss is .*learning rate.*Lower lr"):
-        options = {"lr": 1e30, "warmup": 0.0, "clip_norm": None, "loss": "cross-entropy"}
         fxpress.compile(network(0), [{"distill": options}], EXAMPLE, data=DATA)
 
 

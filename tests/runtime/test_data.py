@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fxpress.ir.errors import DataError
-from fxpress.runtime.data import Data, check_targets, checked_batches, images_in, load_data
+from fxpress.runtime.data import Data, check_targets, checked_batches, images_in, load_data, load_data_like
 from fxpress.runtime.data.idx import read_idx
 from fxpress.runtime.data.images import ImageTensors, Recipe, make_loader, random_crop
 from PIL import Image
@@ -300,10 +300,21 @@ class TestCifar10:
             load_data("cifar10")
 
 
+def test_images_as_a_network_takes_them(tmp_path):
+    inputs, _ = next(iter(load_data_like("digits", torch.zeros(1, 3, 16, 16), batch_size=5).val))
+    assert inputs.shape == (5, 3, 16, 16)
+    assert torch.equal(inputs[:, 0], inputs[:, 2])
+    with pytest.raises(DataError, match=r"takes inputs \(1, 1, 8, 9\)"):
+        load_data_like("digits", torch.zeros(1, 1, 8, 9))
+    write_folder(tmp_path)
+    with pytest.raises(DataError, match="images of 3 channels cannot become images of 1"):
+        load_data_like(f"folder:{tmp_path}", torch.zeros(1, 1, 8, 8))
+
+
 def test_unknown_names_and_numbers():
     with pytest.raises(DataError, match=r"unknown data 'digitz'. Known: digits, mnist\[:DIR\]"):
         load_data("digitz")
-    for option in ("batch_size", "image_size", "limit"):
+    for option in ("batch_size", "image_size", "channels", "limit"):
         with pytest.raises(DataError, match=f"{option} 0 is out of range"):
             load_data("digits", **{option: 0})
     with pytest.raises(DataError, match="do not fit images of 1 channels"):
