@@ -37,7 +37,7 @@ def producer_before(graph: Graph, node: fx.Node, dim: int = 1) -> fx.Node | str:
     rank = len(source.meta["spec"].shape)
     produced = rank - 1 if isinstance(layer, nn.Linear) else 1
     if dim % rank != produced:
-        return f"{source.name} has its channels in dimension {produced} of {rank}, not in dimension {dim % rank}"
+        return f"the channels of {source.name} are dimension {produced} of {rank}, not dimension {dim % rank}"
     if source.meta["spec"].dtype != node.meta["spec"].dtype:
         return f"it changes the dtype from {source.meta['spec'].dtype} to {node.meta['spec'].dtype}"
     return source

@@ -59,6 +59,7 @@ def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
     producer: Producer = graph.layer(source)  # type: ignore[assignment]
     fold_affine(producer, *affine_of(norm))
     node.replace_all_uses_with(source)
+    node.graph.erase_node(node)  # or the layer would still have two readers when the next norm is looked at
     return None
 
 

@@ -39,4 +39,5 @@ def _fold(graph: Graph, node: fx.Node) -> str | None:
     layer: Producer = graph.layer(source)  # type: ignore[assignment]
     fold_affine(layer, mask.mask.detach(), None)
     node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
     return None

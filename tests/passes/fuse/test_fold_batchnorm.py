@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -126,14 +127,15 @@ def by_the_batch() -> nn.Module:
         (CalledTwice, (2, 3, 6, 6), "layer conv is called 2 times"),
         (TiedWeight, (2, 3, 6, 6), "the weight of two is shared with another layer"),
         (BehindAdd, (2, 3, 6, 6), "its input add is no convolution or linear layer"),
-        (LinearOverTokens, (2, 4, 5), "linear has its channels in dimension 2 of 3, not in dimension 1"),
+        (LinearOverTokens, (2, 4, 5), "the channels of linear.* are dimension 2 of 3, not dimension 1"),
     ],
 )
 def test_skips_with_a_reason(make: Callable[[], nn.Module], shape: tuple[int, ...], reason: str) -> None:
     graph = trace(randomised(make()), torch.randn(shape))
     folded, reasons, gap = fold(graph)
     assert folded == 0
-    assert reasons == [reason]
+    assert len(reasons) == 1
+    assert re.fullmatch(reason, reasons[0])
     assert gap == 0
 
 
