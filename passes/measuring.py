@@ -72,7 +72,7 @@ class Measurements:
 
     def _fill(self, row: Row, graph: Graph, rounds: int = ROUGH) -> None:
         cost = measure_cost(graph)
-        row.parameters, row.macs, row.size_bytes = cost.params, cost.macs, saved_bytes(graph)
+        row.parameters, row.macs, row.size_bytes = cost.params, round(cost.macs), saved_bytes(graph)
         if self.validation is not None:
             row.accuracy = accuracy(graph, self.validation)
         if self.inputs is not None:

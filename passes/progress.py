@@ -25,7 +25,7 @@ def show_row(console: Console, row: Row, before: Row | None) -> None:
         facts.append(f"accuracy {row.accuracy:.2%}")
     if row.distance is not None:
         facts.append(f"distance {row.distance:.0e}")
-    console.print(f"[bold]{row.name:<18}[/] {'  '.join(facts)}  [dim]{row.seconds:.1f} s[/]")
+    console.print(f"[bold]{row.name:<18}[/] {'  '.join(facts)}  [dim]{row.seconds:.1f} s[/]", soft_wrap=True)
 
 
 def _change(what: str, now: int, before: int | None) -> str:

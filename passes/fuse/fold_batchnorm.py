@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...ir.graph import Graph
 from ..base import EXACT, Context, Pass, PassResult, Semantics, Skip
-from .affine import Producer, fold_affine, producer_before
+from .affine import LINEAR, fold_affine, layer_before
 
 
 class FoldBatchnorm(Pass):
@@ -53,10 +53,11 @@ def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
     assert isinstance(norm, _BatchNorm)
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics, so it normalises by the batch"
-    source = producer_before(graph, node)
+    source = layer_before(graph, node, LINEAR)
     if isinstance(source, str):
         return source
-    producer: Producer = graph.layer(source)  # type: ignore[assignment]
+    producer = graph.layer(source)
+    assert producer is not None
     fold_affine(producer, *affine_of(norm))
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)  # or the layer would still have two readers when the next norm is looked at

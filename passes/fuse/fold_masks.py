@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from ...ir.graph import Graph
 from ...runtime.layers.channel_mask import ChannelMask
 from ..base import Skip
-from .affine import Producer, fold_affine, producer_before
+from .affine import LINEAR, NORMS, fold_affine, layer_before
 
 
 def fold_masks(graph: Graph, author: str) -> tuple[int, list[Skip]]:
-    """Fold every mask `m y` into the convolution or linear layer `y = w x + b` before it: `w' = m w`, `b' = m b`.
+    """Fold every mask `m y` into the layer before it: `y = w x + b` becomes `y = (m w) x + m b`.
+
+    That layer is a convolution, a linear layer or a norm with factors of its own.
 
     Args:
         graph: edited.
@@ -33,11 +35,24 @@ def fold_masks(graph: Graph, author: str) -> tuple[int, list[Skip]]:
 def _fold(graph: Graph, node: fx.Node) -> str | None:
     mask = graph.layer(node)
     assert isinstance(mask, ChannelMask)
-    source = producer_before(graph, node, mask.dim)
+    source = layer_before(graph, node, (*LINEAR, *NORMS), mask.dim)
     if isinstance(source, str):
         return source
-    layer: Producer = graph.layer(source)  # type: ignore[assignment]
-    fold_affine(layer, mask.mask.detach(), None)
+    layer = graph.layer(source)
+    assert layer is not None
+    reason = _unfit(layer)
+    if reason is not None:
+        return f"{source.name} {reason}"
+    fold_affine(layer, mask.mask.detach())
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
     return None
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """Why a norm has no factors per channel that could take up a mask's."""
+    if not isinstance(layer, NORMS):
+        return None
+    if not isinstance(layer.weight, Tensor):
+        return "has no factors of its own"
+    return None if layer.weight.dim() == 1 else "normalises over more than its channels"
