@@ -5,8 +5,8 @@
     python -m fxpress.tools.bench.coverage --only torch-pruning     one side; the JSON file keeps the other
     python -m fxpress.tools.bench.coverage --quick                  five small networks
 
-Every network runs in a process of its own, and a file given by `--json` is the memory: what it holds is not measured
-again unless `--again` is given, so that a run can be stopped and continued.
+Every network runs in a process of its own on one thread; limits and seconds are CPU time. A file given by `--json` is
+the memory: what it holds is not measured again unless `--again` is given, so that a run can be stopped and continued.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from .zoo import DEFAULT_PATTERNS, names
 
 QUICK = ("torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small",
          "timm:resnet18", "timm:convnext_atto")  # fmt: skip
-GRACE = 420  # seconds beside the limit for building, checking and counting, before a process is killed
+PATIENCE = (
+    10  # a process is killed when it takes this many times the limit by the wall clock, building and checks included
+)
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: the network's own)")
     parser.add_argument("--double", action="store_true", help="oracle in double precision for every network")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
-    parser.add_argument("--limit", type=int, default=120, help="seconds for each side of each network")
+    parser.add_argument("--limit", type=int, default=120, help="seconds of CPU time for each side")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -73,10 +75,10 @@ def run(name: str, side: str, options: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=options.limit + GRACE, check=False
+            command, capture_output=True, text=True, env=environment, timeout=options.limit * PATIENCE, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"cut": False, "reason": f"stopped after {options.limit + GRACE} s"}
+        return {"cut": False, "reason": f"stopped after {options.limit * PATIENCE} s by the wall clock"}
     return _facts(done)
 
 

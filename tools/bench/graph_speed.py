@@ -12,7 +12,7 @@ The same job on both sides, on one thread: half of the channels of every group, 
                    prune   `pruner.step()`: importance, choice, slicing
 
 The oracle (masked against cut) is no part of the comparison, for Torch-Pruning has none; its time is a row of its own.
-Copies of the network are made outside the clock.
+Copies of the network are made outside the clock. Seconds are CPU time of the process.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def time_torch_pruning(subject: Subject) -> Times:
 
 
 def timed(task: Callable[[], Any]) -> tuple[Any, float]:
-    """A task's result and its wall seconds."""
-    start = time.perf_counter()
+    """A task's result and its seconds of CPU time (one thread; the machine may be shared)."""
+    start = time.process_time()
     result = task()
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 def rows_of(subject: Subject, ours: Times, peer: Times) -> list[Row]:

@@ -93,16 +93,16 @@ def _attempt(subject: Subject, attempt: Attempt, deadline: Callable[[], Any]) ->
         before = model(subject.image)
     record = Record()
     with deadline():
-        start = time.perf_counter()
+        start = time.process_time()
         pruner = make_pruner(model, subject.image, before, attempt)
-        built = time.perf_counter()
+        built = time.process_time()
         following = 0.0
         for group in pruner.step(interactive=True):
-            mark = time.perf_counter()
+            mark = time.process_time()
             _follow(group, pruner.DG, record)
-            following += time.perf_counter() - mark
+            following += time.process_time() - mark
             group.prune()
-        pruned = time.perf_counter() - following
+        pruned = time.process_time() - following
     if attempt.heads:
         _repair_heads(model, pruner)
     facts: dict[str, Any] = {"recipe": attempt.name, "graph_seconds": built - start, "cut_seconds": pruned - built}
