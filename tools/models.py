@@ -1,10 +1,10 @@
 """MODEL, as the command line takes it: where a network comes from, its weights, and the size of its inputs.
 
-    torchvision:resnet18          a model of torchvision       torchvision:resnet18,num_classes=10
-    timm:convnext_atto            a model of timm              (options follow behind commas, for every kind)
-    package.module:factory        a function or class that returns an nn.Module, or (nn.Module, example inputs)
-    path/file.py:factory          the same in a file
-    m.fxp                         a file saved by fxpress
+torchvision:resnet18          a model of torchvision       torchvision:resnet18,num_classes=10
+timm:convnext_atto            a model of timm              (options follow behind commas, for every kind)
+package.module:factory        a function or class that returns an nn.Module, or (nn.Module, example inputs)
+path/file.py:factory          the same in a file
+m.fxp                         a file saved by fxpress
 """
 
 from __future__ import annotations

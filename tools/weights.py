@@ -85,4 +85,4 @@ def _some(what: str, keys: list[str], show: int = 3) -> str:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "scalar"
+    return "×".join(map(str, tensor.shape)) or "scalar"  # noqa: RUF001
