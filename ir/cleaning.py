@@ -27,6 +27,11 @@ def clean(graph: fx.Graph) -> None:
         source = _identity(node, strided)
         if source is not None:
             node.replace_all_uses_with(source)
+    erase_dead(graph)
+
+
+def erase_dead(graph: fx.Graph) -> None:
+    """Erase the nodes that nothing reads; placeholders stay, they are the signature."""
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

@@ -150,7 +150,7 @@ def _own(layer: nn.Module) -> set[str]:
 
 NAMESPACES = ("aten", "torchvision")
 _NAME = re.compile(r"(aten|torchvision)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
-# functional by schema, yet not a pure function of tensors: reads files, prints, makes storage from elsewhere, calls back
+# functional by schema, yet not a function of tensors alone: files, printing, foreign memory, unchecked indices
 _DENIED = frozenset({"from_file", "save", "print", "warn", "format", "get_device", "is_pinned", "pin_memory",
                      "_pin_memory", "record_stream", "_assert_async", "_assert_scalar", "_functional_assert_async",
                      "_functional_assert_scalar", "_debug_has_internal_overlap", "_nested_from_padded",

@@ -3,114 +3,120 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from . import provenance
-from .errors import TraceError
+from . import explaining
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A program and the inputs it was made with."""
+    """A program, the inputs it was made with, and whether their batch may change."""
 
     program: ExportedProgram
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    @property
-    def dynamic_batch(self) -> bool:
-        """Whether the batch stayed symbolic."""
-        return is_dynamic(self.program)
+    dynamic_batch: bool
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exported:
-    """Export in evaluation mode; modes, the random state and the model's tensors stay as they are.
+    """Export in evaluation mode; the model's modes, tensors and attributes and the random state stay as they are.
 
     A dynamic batch is tried first, then the example's own batch.
 
     Raises:
         TraceError: the model fails on these inputs, or cannot be exported.
     """
-    attempts = [a for a in (_batched(args, kwargs), (args, kwargs, None)) if a is not None]
-    errors: list[Exception] = []
-    with _evaluation(model), _quiet_state():
-        for tried_args, tried_kwargs, dynamic in attempts:
-            try:
-                program = torch.export.export(
-                    model, tried_args, tried_kwargs, dynamic_shapes=dynamic, strict=False
-                )
-                return Exported(program, tried_args, tried_kwargs)
-            except Exception as error:  # the exporter raises whatever the model or its own machinery raises
-                errors.append(error)
-        raise _explained(model, args, kwargs, errors[-1]) from errors[-1]
+    with _untouched(model), _neutral_state():
+        model.eval()
+        try:
+            exported = _export_dynamic(model, args, kwargs)
+            return exported or Exported(_export(model, args, kwargs, None), args, kwargs, False)
+        except Exception as error:  # the exporter raises whatever the model or its own machinery raises
+            raise explaining.explain(model, args, kwargs, error) from error
 
 
 def is_dynamic(program: ExportedProgram) -> bool:
     """Whether dimension 0 of an input of the program is symbolic."""
+    return _symbolic_batches(program) > 0
+
+
+def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exported | None:
+    """Export with a symbolic batch of at least two; None where the model fixes its batch."""
+    batched, count = _batched(args, kwargs)
+    if count == 0:
+        return None
+    new_args, new_kwargs, shapes = batched
+    try:
+        program = _export(model, new_args, new_kwargs, shapes)
+    except Exception:  # the static attempt that follows reports what is wrong
+        return None
+    return Exported(program, new_args, new_kwargs, True) if _symbolic_batches(program) == count else None
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's internals and the model's own asserts, once per export
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _symbolic_batches(program: ExportedProgram) -> int:
+    """Number of inputs whose dimension 0 is symbolic."""
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    return any(isinstance(v, Tensor) and v.dim() and isinstance(v.shape[0], torch.SymInt) for v in values)
+    return sum(isinstance(v, Tensor) and v.dim() > 0 and isinstance(v.shape[0], torch.SymInt) for v in values)
 
 
-def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any] | None:
-    """Inputs with a batch of at least two and the marks of their dynamic dimensions; None without a batch."""
+def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any, ShapesCollection], int]:
+    """Inputs with a batch of at least two, the marks of their dynamic dimension, and the number of marks.
+
+    The batch is dimension 0 of the first tensor; every tensor with the same dimension 0 takes part in it.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()]
-    if not sizes or sizes[0] == 0:
-        return None
-    batch = sizes[0]
-    marks: list[Any] = []
+    batch = sizes[0] if sizes else 0
+    shapes, count = ShapesCollection(), 0
     for i, leaf in enumerate(leaves):
-        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
-        marks.append({0: Dim.AUTO} if batched else None)
-        if batched and batch == 1:
-            leaves[i] = torch.cat([leaf, leaf]).requires_grad_(leaf.requires_grad)
+        if batch and isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
+            # a size of one is a constant to the exporter; a tensor given twice must be two to be marked twice
+            leaves[i] = torch.cat([leaf, leaf]).detach() if batch == 1 else leaf.detach()
+            shapes[leaves[i]] = {0: Dim.AUTO}
+            count += 1
     new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)
-    args_marks, kwargs_marks = pytree.tree_unflatten(marks, spec)
-    dynamic = (*args_marks, *kwargs_marks.values())
-    return new_args, new_kwargs, _Marks(dynamic, args_marks, kwargs_marks).shapes()
-
-
-@dataclass(frozen=True)
-class _Marks:
-    flat: tuple[Any, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def shapes(self) -> Any:
-        return self.flat
+    return (new_args, new_kwargs, shapes), count
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; outside, every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever an export does to the attributes of the modules (modes, caches, computed weights) is undone."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [(m, dict(m.__dict__), [dict(m.__dict__[t]) for t in tables]) for m in model.modules()]
     try:
-        model.eval()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in zip(tables, contents, strict=True):
+                if attributes[name] != content:
+                    attributes[name].clear()
+                    attributes[name].update(content)
 
 
 @contextlib.contextmanager
-def _quiet_state() -> Iterator[None]:
-    """One way to trace whatever the caller has set: gradients on, no fused attention, the random state put back."""
+def _neutral_state() -> Iterator[None]:
+    """One way to trace whatever the caller has set: gradients on, no fused attention; the random state is put back."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> TraceError:
-    return TraceError(f"{type(error).__name__}: {error}")

@@ -13,12 +13,10 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from . import provenance
+from . import explaining, provenance
 from .errors import TraceError
 
 Values = dict[fx.Node, Any]
-aten = torch.ops.aten
-
 # states about sizes and values that hold on the example inputs, not operations of the network
 _ASSERTIONS = frozenset({
     "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size",
@@ -58,19 +56,17 @@ def _import_input(graph: fx.Graph, node: fx.Node, spec: Any) -> fx.Node:
 
 
 def _import_output(graph: fx.Graph, values: Values, program: ExportedProgram, node: fx.Node) -> None:
-    """Keep what the user's forward returns; the exporter lists mutated buffers and inputs before it."""
-    names = set(program.graph_signature.user_outputs)
-    mutated = len(node.args[0]) - len(program.graph_signature.user_outputs)
-    if mutated and program.graph_signature.buffers_to_mutate:
-        _refuse_mutation(next(iter(program.graph_signature.buffers_to_mutate.values())), "")
-    outputs = list(node.args[0])[mutated:]
-    assert len(outputs) == len(program.graph_signature.user_outputs), names
-    graph.output(tuple(_mapped(outputs, values)))
+    """Keep what the user's forward returns; a decomposed program lists mutated buffers and inputs before it."""
+    signature = program.graph_signature
+    if signature.buffers_to_mutate:
+        raise explaining.own_tensor_refusal(next(iter(signature.buffers_to_mutate.values())), None)
+    results = node.args[0][len(node.args[0]) - len(signature.user_outputs) :]  # type: ignore[index, arg-type, operator]
+    graph.output(_mapped(tuple(results), values))
 
 
 def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: fx.Node) -> None:
     if node.op == "get_attr":
-        values[node] = getattr(owner, str(node.target)) if "." not in str(node.target) else None
+        values[node] = getattr(owner, str(node.target))  # the body of a region
         return
     packet = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
     if packet in _ASSERTIONS:
@@ -81,9 +77,7 @@ def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: 
     if getattr(node.target, "__name__", "") == "getitem" and not isinstance(values.get(node.args[0]), fx.Node):
         values[node] = values[node.args[0]][node.args[1]]
         return
-    fresh = graph.create_node(
-        node.op, node.target, _mapped(node.args, values), _mapped(node.kwargs, values), node.name
-    )
+    fresh = graph.create_node(node.op, node.target, _mapped(node.args, values), _mapped(node.kwargs, values), node.name)
     fresh.meta = {"val": node.meta.get("val"), "path": provenance.module_path(node.meta)}
     fresh.meta["source"] = provenance.source_line(node.meta.get("stack_trace"))
     values[node] = fresh
@@ -95,10 +89,7 @@ def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
     arguments = list(_mapped(node.args, values))
     position = next((i for i, a in enumerate(arguments) if isinstance(a, fx.GraphModule)), None)
     if position is None or not _neutral(name, arguments[:position]):
-        raise TraceError(
-            f"{_where(node)} uses {name}, which has no place in the graph",
-            hint="Rewrite the branch with torch.where, or trace the part of the model without it.",
-        )
+        raise explaining.region_refusal(node, name)
     region, operands = arguments[position], arguments[position + 1 :]
     inner: Values = {}
     inputs = iter(operands)
@@ -109,7 +100,7 @@ def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
             return _mapped(child.args[0], inner)
         else:
             _import_node(graph, inner, region, child)
-    raise TraceError(f"{_where(node)}: the region {name} has no output")
+    raise explaining.region_refusal(node, name)
 
 
 def _neutral(name: str, options: list[Any]) -> bool:
@@ -117,17 +108,6 @@ def _neutral(name: str, options: list[Any]) -> bool:
     if name == "wrap_with_set_grad_enabled":
         return True
     return name == "wrap_with_autocast" and not options[2]
-
-
-def _where(node: fx.Node) -> str:
-    return provenance.source_line(node.meta.get("stack_trace")) or provenance.module_path(node.meta) or "the model"
-
-
-def _refuse_mutation(name: str, source: str) -> None:
-    raise TraceError(
-        f"the forward pass in eval mode writes to the model's own tensor {name!r}" + (f" ({source})" if source else ""),
-        hint="Return the new value instead of storing it, or guard the line with `if self.training:`.",
-    )
 
 
 def _mapped(arguments: Any, values: Values) -> Any:

@@ -21,8 +21,8 @@ def module_path(meta: dict[str, Any]) -> str:
     stack = meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = next(reversed(stack.values()))[0]
-    return re.sub(r"@\d+", "", path)
+    path: str = re.sub(r"@\d+", "", next(reversed(stack.values()))[0])
+    return "" if path.startswith("_empty_nn_module_stack") else path  # nodes that the exporter adds
 
 
 @functools.lru_cache(maxsize=4096)

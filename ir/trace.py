@@ -10,7 +10,7 @@ batch norm are, and `.train()` activates them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from . import cleaning, exporting, functional, importing, raising
-from .errors import ModelError, TraceError
+from . import cleaning, dialect, explaining, exporting, functional, importing, raising
+from .errors import TraceError
 from .graph import Graph, TensorSpec
+from .module_tree import Store, build_tree, check_finite
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -58,11 +59,14 @@ def trace(
             f"cannot trace a {type(model).__name__}",
             hint="Give an nn.Module, a torch.fx.GraphModule, an ExportedProgram or a Graph.",
         )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     args, kwargs = _arguments(example_inputs, example_kwargs)
-    _check_tensors(model)
+    check_finite([*model.named_parameters(), *model.named_buffers()])
+    modules = dict(model.named_modules(remove_duplicate=False))
     exported = exporting.export(model, args, kwargs)
-    module, dropped = _build(exported.program, _origin(model), _argument_names(model, args, kwargs))
-    _set_modes(module, {path: child.training for path, child in model.named_modules(remove_duplicate=False)})
+    with torch.inference_mode(False):
+        module, dropped = _build(exported.program, modules.get, _argument_names(model, len(args)))
+    _set_modes(module, {path: child.training for path, child in modules.items()})
     return Graph(module, exported.args, exported.kwargs, dynamic_batch=exported.dynamic_batch, dropped=dropped)
 
 
@@ -73,8 +77,8 @@ def _from_program(
         args, kwargs = program.example_inputs
     else:
         args, kwargs = _arguments(example_inputs, example_kwargs)
-    names = [f"arg_{i}" for i in range(len(args))]
-    module, dropped = _build(program, lambda path: None, [*names, *kwargs])
+    check_finite(program.state_dict.items())
+    module, dropped = _build(program, {}.get, [f"arg_{i}" for i in range(len(args))])
     _set_modes(module, {})
     return Graph(module, tuple(args), dict(kwargs), dynamic_batch=exporting.is_dynamic(program), dropped=dropped)
 
@@ -111,40 +115,14 @@ def _bad_input(name: str, value: object) -> TraceError:
     )
 
 
-def _check_tensors(model: nn.Module) -> None:
-    """All parameters and buffers exist and are finite."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
-            raise ModelError(f"{name!r} has no values yet", hint="Initialise the model (run it once) before tracing.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum())):
-            _check_elements(name, tensor.detach())
-
-
-def _check_elements(name: str, tensor: Tensor) -> None:
-    """The sum of a tensor may overflow although its elements are finite: count them."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad and name.rpartition(".")[2] != "running_var_mask":
-        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
-        raise ModelError(
-            f"{name!r} of shape {tuple(tensor.shape)} holds {bad} {kind} value{'s' if bad > 1 else ''}",
-            hint="Load finite weights; training may have diverged.",
-        )
-
-
-def _origin(model: nn.Module) -> Callable[[str], nn.Module | None]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return modules.get
-
-
-def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Names of the inputs in the model's own signature, positional ones first."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+def _argument_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the first `count` positional inputs in the model's own signature."""
     names: list[str] = []
-    for index in range(len(args)):
-        parameter = parameters[min(index, len(parameters) - 1)]
-        variadic = parameter.kind is inspect.Parameter.VAR_POSITIONAL
-        names.append(f"{parameter.name}_{index}" if variadic else parameter.name)
-    return [*names, *kwargs]
+    for parameter in inspect.signature(model.forward).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{i}" for i in range(count - len(names))]
+        names.append(parameter.name)
+    return names[:count]
 
 
 def _set_modes(module: nn.Module, modes: dict[str, bool]) -> None:
@@ -160,41 +138,43 @@ def _set_modes(module: nn.Module, modes: dict[str, bool]) -> None:
 
 
 def _build(
-    program: ExportedProgram, origin: Callable[[str], nn.Module | None], names: list[str]
+    program: ExportedProgram, origin: raising.Origin, names: list[str]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The graph module of a program, and the state-dict keys that it does not read."""
-    store = raising.Store({**program.state_dict, **_constants(program)}, frozenset(program.state_dict))
+    """The graph module of a program, and the state-dict keys that it does not read.
+
+    Args:
+        program: what was exported.
+        origin: the user's module under a path.
+        names: names of the positional inputs.
+    """
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
+    store = Store(program.state_dict, constants)
     graph = importing.import_program(program)
     functional.make_functional(graph)
     cleaning.clean(graph)
     layers = raising.raise_layers(graph, store, origin)
-    cleaning.clean(graph)
-    spec = program.call_spec
-    graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, spec.in_spec, spec.out_spec))
+    cleaning.erase_dead(graph)
+    _check_ops(graph)
     _describe(graph)
-    tree = raising.build_tree(graph, store, layers)
-    module = fx.GraphModule(nn.Module(), fx.Graph())
-    for name, child in tree.named_children():
-        module.add_module(name, child)
-    for name, parameter in tree._parameters.items():
-        module.register_parameter(name, parameter)
-    for name, buffer in tree._buffers.items():
-        module.register_buffer(name, buffer, persistent=name not in tree._non_persistent_buffers_set)
-    module.graph = graph
-    module.recompile()
+    spec = program.call_spec
+    assert spec.in_spec is not None
+    graph._codegen = _PyTreeCodeGen(_PyTreeInfo([*names, *spec.in_spec.child(1).context], spec.in_spec, spec.out_spec))
+    module = build_tree(graph, store, layers)
     own = module.state_dict().keys()
     return module, tuple(key for key in program.state_dict if key not in own)
 
 
-def _constants(program: ExportedProgram) -> dict[str, Tensor]:
-    return {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
+def _check_ops(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and not dialect.allowed(node.target):
+            raise explaining.op_refusal(node)
 
 
 def _describe(graph: fx.Graph) -> None:
     """Keep of the metadata what the dialect knows: `spec`, `path`, `source`."""
     for node in graph.nodes:
         meta = {"spec": _spec(node.meta.get("val"))} if node.op != "output" else {}
-        meta.update({k: node.meta[k] for k in ("path", "source") if node.meta.get(k)})
+        meta.update({key: node.meta[key] for key in ("path", "source") if node.meta.get(key)})
         node.meta = meta
 
 
@@ -208,7 +188,4 @@ def _spec(value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     """A size on the example inputs."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        hint = value.node.hint
-        return int(hint) if isinstance(value, torch.SymInt) else hint
-    return value
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
