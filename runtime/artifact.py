@@ -37,11 +37,13 @@ from .atomic import write_atomically
 from .graph_json import INPUTS, Draft, decode_graph, encode_graph
 from .module_json import Record
 from .tensor_file import Entry, Header, pack, read_header, read_tensor
-from .value_json import FormatError, dump, pack_document, parse, unpack_document
+from .value_json import FormatError, clean, dump, pack_document, parse, unpack_document
 
 VERSION = "1"
 _TEXTS = ("graph", "pipeline", "report")
 _DAMAGED = "The file is damaged or not written by fxpress: take another copy, or compile the model again."
+
+_MAX_MESSAGE = 500  # a hostile file would put a book into the message
 
 StrPath = str | os.PathLike[str]
 
@@ -101,10 +103,10 @@ def _errors(verb: str, path: StrPath, hint: str) -> Iterator[None]:
     what = f"cannot {verb} {os.fspath(path)}"
     try:
         yield
-    except FormatError as error:
-        raise ArtifactError(f"{what}: {error}", hint=error.hint or hint) from error
-    except GraphError as error:
-        raise ArtifactError(f"{what}: {error.what}", hint=error.hint or hint) from error
+    except (FormatError, GraphError) as error:
+        text = clean(error.what if isinstance(error, GraphError) else str(error))
+        short = text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
+        raise ArtifactError(f"{what}: {short}", hint=error.hint or hint) from error
     except RecursionError as error:
         raise ArtifactError(f"{what}: values are nested too deeply", hint=hint) from error
     except OSError as error:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,15 +29,13 @@ def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes | memo
         ArtifactError: the folder is missing or not writable, the disk is full, `path` is a folder.
     """
     final = Path(os.path.realpath(path))  # a symbolic link stays one, its target is replaced
-    if final.exists() and not final.is_file():
-        kind = "folder" if final.is_dir() else "device or pipe"
-        raise ArtifactError(f"cannot save {path}: it is a {kind}", hint="Give the name of a file, such as model.fxp.")
     temporary = final.with_name(f".{final.name[:200]}.{secrets.token_hex(6)}.tmp")
     try:
+        mode = _mode(path, final)
         _sweep(final)
         written = _write(temporary, pieces)
-        if final.exists():
-            temporary.chmod(final.stat().st_mode & 0o777)
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, final)
     except OSError as error:
         _remove(temporary)
@@ -46,6 +45,18 @@ def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes | memo
         raise
     _sync_folder(final.parent)
     return written
+
+
+def _mode(path: str | os.PathLike[str], final: Path) -> int | None:
+    """Permissions of the file to be replaced, None where there is none."""
+    try:
+        found = final.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found):
+        kind = "folder" if stat.S_ISDIR(found) else "device or pipe"
+        raise ArtifactError(f"cannot save {path}: it is a {kind}", hint="Give the name of a file, such as model.fxp.")
+    return stat.S_IMODE(found)
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> int:

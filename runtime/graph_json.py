@@ -10,7 +10,7 @@ Decoding names nothing but ops and layers of `ir/dialect.py`; all strings that r
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,7 +193,7 @@ def _decode_examples(examples: JSON) -> dict[str, Record]:
     return records
 
 
-def _decode_node(row: JSON, graph: fx.Graph, known: dict[str, fx.Node], targets: dict[str, Set[str]]) -> None:
+def _decode_node(row: JSON, graph: fx.Graph, known: dict[str, fx.Node], targets: Mapping[str, Set[str]]) -> None:
     """Check one node and append it to the graph."""
     fields = {"name": str, "op": str, "target": str, "args": list, "kwargs": dict, "meta": dict}
     name = check_name(check_object(row, "a node", fields)["name"], "node")
@@ -243,7 +243,9 @@ def _decode_spec(spec: JSON, depth: int = 0) -> Any:
         if not all(type(size) is int and size >= 0 for size in spec["shape"]):
             raise FormatError("the spec of a node has no valid shape")
         return TensorSpec(tuple(spec["shape"]), decode({"dtype": spec["dtype"]}, {}))
-    return decode(spec, {})
+    if isinstance(spec, (list, str)):
+        raise FormatError("the spec of a node is neither a tensor nor a number")
+    return decode(spec, {})  # a size, or a number with a tag
 
 
 def _check_ends(nodes: list[fx.Node]) -> None:

@@ -216,16 +216,16 @@ def _free(tree: Tree, owner: str, atom: str) -> nn.Module:
 
 
 def _build(path: str, row: dict[str, JSON]) -> nn.Module:
-    config = {name: decode(value, {}) for name, value in row["config"].items()}
-    absent = config.get("absent", [])
-    if not isinstance(absent, list) or not all(isinstance(name, str) for name in absent):
-        raise FormatError(f"layer {path!r} has no valid configuration")
     try:
+        config = {name: decode(value, {}) for name, value in row["config"].items()}
+        absent = config.get("absent", [])
+        if not isinstance(absent, list) or not all(isinstance(name, str) for name in absent):
+            raise FormatError("the list of absent tensors is none")
         return dialect.build(row["type"], config)
     except GraphError as error:
         raise FormatError(f"layer {path!r}: {error.what}") from error
     except Exception as error:  # a constructor may answer hostile arguments with anything
-        raise FormatError(f"layer {path!r}: {row['type'][:200]} refuses its configuration ({error})") from error
+        raise FormatError(f"layer {path!r} cannot be built: {error}") from error
 
 
 def _decode_tensor(name: str, row: JSON, tree: Tree) -> None:

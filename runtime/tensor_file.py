@@ -55,7 +55,7 @@ def raw(tensor: Tensor) -> memoryview:
     if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in CODES:
         raise FormatError(f"a tensor of {tensor.dtype} ({tensor.layout}, {tensor.device}) cannot be stored")
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def digest(tensor: Tensor) -> str:
@@ -136,7 +136,7 @@ def read_tensor(stream: BinaryIO, entry: Entry) -> tuple[Tensor, str]:
         raise FormatError(
             f"a tensor of {entry.end - entry.start} bytes finds no memory", "Free some memory."
         ) from error
-    view = memoryview(flat.numpy())
+    view = flat.numpy().data
     if stream.readinto(view) != len(view):  # type: ignore[attr-defined]
         raise FormatError("the file ends within the weights")
     if entry.dtype is torch.bool and flat.numel() and int(flat.max()) > 1:

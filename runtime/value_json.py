@@ -56,7 +56,9 @@ def parse(text: str, what: str) -> JSON:
     if sum(map(text.count, ",[{")) > MAX_VALUES:
         raise FormatError(f"{what} holds more than {MAX_VALUES} values")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_int=_integer, parse_constant=_no_constant)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_float, parse_constant=_float
+        )
     except RecursionError:
         raise FormatError(f"{what} is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -76,8 +78,11 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _no_constant(name: str) -> JSON:
-    raise FormatError(f"{name} is not JSON")
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise FormatError(f"{digits[:24]} is not a finite number")
+    return number
 
 
 def dump(value: JSON) -> str:
@@ -202,8 +207,6 @@ def decode(value: JSON, resolve: Resolve, depth: int = 0) -> Any:
         return _decode_tag(tag, inner, resolve, depth)
     if isinstance(value, str) and not _TEXT.fullmatch(value):
         raise FormatError(f"string {_short(value)} is not allowed as a value")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise FormatError("a number is out of range")
     return value
 
 
