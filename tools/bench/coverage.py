@@ -12,16 +12,17 @@ the memory: what it holds is not measured again unless `--again` is given, so th
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .common import header, screen, show
 from .coverage_report import Records, load_records, put_record, summary, table
-from .coverage_worker import MARK, SIDES
+from .coverage_worker import SIDES, measure_task, warm_up
+from .processes import run_forked
 from .zoo import DEFAULT_PATTERNS, names
 
 QUICK = ("torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small",
@@ -40,12 +41,11 @@ def main() -> None:
     records = load_records(options.json) if options.json else {}
     tasks = [(name, side) for name in wanted for side in sides if options.again or side not in records.get(name, {})]
     console.print(f"{len(wanted)} networks, {len(tasks)} runs to do")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for (name, side), facts in zip(tasks, pool.map(lambda task: run(*task, options), tasks), strict=True):
-            records.setdefault(name, {})[side] = facts
-            if options.json:
-                put_record(options.json, header(options.seed), name, side, facts)
-            console.print(f"{name} · {side}: {_outcome(facts)}", markup=False, soft_wrap=True)
+    for (name, side), facts in run(tasks, options):
+        records.setdefault(name, {})[side] = facts
+        if options.json:
+            put_record(options.json, header(options.seed), name, side, facts)
+        console.print(f"{name} · {side}: {_outcome(facts)}", markup=False, soft_wrap=True)
     chosen: Records = {name: records[name] for name in wanted if name in records}
     console.print(table(chosen))
     show(summary(chosen), "Goals", console)
@@ -66,31 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(name: str, side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one side of one network in a new process with one thread."""
-    command = [sys.executable, "-m", "fxpress.tools.bench.coverage_worker", side, name]
-    command += ["--limit", str(options.limit), "--seed", str(options.seed)]
-    command += ["--size", str(options.size)] if options.size else []
-    command += ["--double"] if options.double else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=options.limit * PATIENCE, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"cut": False, "reason": f"stopped after {options.limit * PATIENCE} s by the wall clock"}
-    return _facts(done)
-
-
-def _facts(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    import json
-
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if lines:
-        facts: dict[str, Any] = json.loads(lines[-1].removeprefix(MARK))
-        return facts
-    last = (done.stderr.strip().splitlines() or [f"process ended with status {done.returncode}"])[-1]
-    return {"cut": False, "reason": last[:300]}
+def run(
+    tasks: Sequence[tuple[str, str]], options: argparse.Namespace
+) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Measure (network, side) pairs, each in its own process on one thread."""
+    torch.set_num_threads(1)
+    for side in {side for _, side in tasks}:
+        warm_up(side)
+    settings = {"size": options.size, "seed": options.seed, "limit": options.limit, "double": options.double}
+    work = functools.partial(measure_task, **settings)
+    yield from run_forked(work, tasks, jobs=options.jobs, patience=options.limit * PATIENCE)
 
 
 def _outcome(facts: dict[str, Any]) -> str:
