@@ -132,8 +132,8 @@ class Explanation:
     def _why(self, group: GroupInfo) -> Group:
         head = Text.assemble(
             ("Cannot be cut: ", "bold"),
-            f"{group.name}, {count(group.channels, 'channel')}, {amount(group.macs)} MACs ({_percent(self._share(group))}), ",
-            f"{amount(group.params)} parameters, {count(len(group.members), 'member')}",
+            f"{group.name}, {count(group.channels, 'channel')}, {amount(group.macs)} MACs ",
+            f"({_percent(self._share(group))}), {amount(group.params)} parameters, {count(len(group.members), 'member')}",
         )
         kinds: dict[tuple[str, str], list[Reason]] = {}
         for reason in group.reasons:

@@ -12,19 +12,20 @@ from ...ir.cost import Cost, measure_cost
 from ...ir.graph import Graph
 from ...ir.groups import Groups, find_groups
 from ...ir.reasons import Locked, Reason, find_locked
+from ...passes.report import Report
 from .blocks import blocks_of
 from .kinds import detail_of, dtype_name, kind_of, operation_of, specs_of, title_of
 
 JSON = dict[str, Any]
 
 
-def page_data(graph: Graph, name: str, report: JSON | None = None) -> JSON:
+def page_data(graph: Graph, name: str, report: Report | None = None) -> JSON:
     """Everything that the page shows.
 
     Args:
         graph: the network; `node.meta["channels_before"]` tells how many channels a node had before it was cut.
         name: title of the page.
-        report: `{"columns": [...], "rows": [[...], ...]}` of text, shown as a table.
+        report: what the passes did.
     """
     groups, cost = graph.analyse(find_groups), graph.analyse(measure_cost)
     locked = find_locked(groups)
@@ -40,7 +41,7 @@ def page_data(graph: Graph, name: str, report: JSON | None = None) -> JSON:
         "totals": _totals(groups, cost, nodes),
         "nodes": nodes,
         "groups": group_rows,
-        "report": report,
+        "report": _report(report) if report is not None and report.rows else None,
         "batch": _batch(graph),
     }
 
@@ -152,6 +153,22 @@ def _explain_ungrouped(graph: Graph, nodes: list[JSON], groups: list[JSON]) -> N
 def _known_reason(row: JSON, groups: list[JSON]) -> JSON | None:
     reasons: list[JSON] = [reason for i in row["groups"] for reason in groups[i]["reasons"]]
     return reasons[0] if reasons else row["why"]
+
+
+def _report(report: Report) -> JSON:
+    """The columns that fit beside the drawing, as text."""
+    first = report.rows[0]
+    rows = [
+        [
+            row.name,
+            f"{row.macs / first.macs:.0%}" if first.macs else "",
+            f"{row.parameters / first.parameters:.0%}" if first.parameters else "",
+            "" if row.accuracy is None else f"{row.accuracy:.2%}",
+            "" if row.latency_ratio is None else f"{row.latency_ratio:.2f}",
+        ]
+        for row in report.rows
+    ]
+    return {"columns": ["pass", "MACs", "params", "accuracy", "latency"], "rows": rows}
 
 
 def _batch(graph: Graph) -> int | None:

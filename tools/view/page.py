@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from ...ir.graph import Graph
+from ...passes.report import Report
 from .data import page_data
 
 SCRIPTS = ("graph.js", "layout.js", "draw.js", "panel.js", "app.js", "events.js")
@@ -29,13 +30,13 @@ _ESCAPES = {
 }
 
 
-def build_page(graph: Graph, name: str, report: dict[str, Any] | None = None) -> str:
+def build_page(graph: Graph, name: str, report: Report | None = None) -> str:
     """The HTML of the whole page.
 
     Args:
         graph: the network to draw.
         name: its title.
-        report: `{"columns": [...], "rows": [[...], ...]}` of text: what the passes did, shown as a table.
+        report: what the passes did, shown as a table.
     """
     script = "\n" + "\n".join(_read(file) for file in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
