@@ -41,11 +41,18 @@ def own_tensor_refusal(name: str, node: fx.Node | None) -> TraceError:
     )
 
 
-def region_refusal(node: fx.Node, name: str) -> TraceError:
-    """A higher-order operation: a branch, a loop or a mixed-precision region."""
+def region_refusal(node: fx.Node, name: str, body: fx.GraphModule | None) -> TraceError:
+    """A higher-order operation: a mixed-precision region, a branch or a loop."""
+    lines = [where(n) for n in (node, *(body.graph.nodes if body is not None else ()))]
+    line = next((text for text in lines if text.startswith("`")), lines[0])
+    if "autocast" in name:
+        return TraceError(
+            f"{line} runs under torch.autocast; the graph has one type per tensor, that of its weights",
+            hint="Remove the region from the model, and give it weights of the lower type where that is wanted.",
+        )
     return TraceError(
-        f"{where(node)}: {name} has no place in the graph",
-        hint="Rewrite a branch with torch.where, trace outside of autocast, or trace the part of the model without it.",
+        f"{line}: {name} has no place in the graph, which has neither branches nor loops",
+        hint="Compute both sides and choose with torch.where, or unroll the loop.",
     )
 
 
@@ -85,18 +92,18 @@ def _bad_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     given = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     start = f"the model fails on the example inputs of shape {given}"
     frame, path, layer = _innermost(model, error)
-    if layer is None or not path:
+    tensor = _input(frame)
+    if layer is None or tensor is None or not (path or _expectation(layer, tensor)):
         line = _line(error)
-        return TraceError(
-            f"{start}: {f'{line}: ' if line else ''}{_sentence(str(error))}",
-            hint="Check their number, shapes and types.",
-        )
-    expected = _expectation(layer)
-    shape = _input_shape(frame)
-    details = f"{path!r} ({type(layer).__name__})"
-    details += f" expects {expected}" if expected else " fails"
-    details += f", given a tensor of shape {shape}" if shape else ""
-    return TraceError(f"{start}: {details}: {_sentence(str(error))}", hint="Give inputs as the model takes them.")
+        details = f"{line}: " if line else ""
+    else:
+        expected = _expectation(layer, tensor)
+        details = f"{path!r} ({type(layer).__name__})" if path else type(layer).__name__
+        details += f" expects {expected}, given" if expected else " fails on"
+        details += f" a {str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)}: "
+    return TraceError(
+        f"{start}: {details}{_sentence(str(error))}", hint="Check the number, shapes and types of the inputs."
+    )
 
 
 def _frames(error: BaseException) -> list[FrameType]:
@@ -118,20 +125,23 @@ def _innermost(model: nn.Module, error: Exception) -> tuple[FrameType | None, st
     return None, "", None
 
 
-def _input_shape(frame: FrameType | None) -> tuple[int, ...] | None:
-    values = frame.f_locals.items() if frame is not None else ()
-    return next((tuple(v.shape) for k, v in values if isinstance(v, Tensor) and k != "self"), None)
+def _input(frame: FrameType | None) -> Tensor | None:
+    values = frame.f_locals.values() if frame is not None else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
-def _expectation(layer: nn.Module) -> str:
+def _expectation(layer: nn.Module, given: Tensor) -> str:
+    """What a layer takes, where the given tensor is something else."""
+    channels = given.shape[1] if given.dim() > 1 else 0
     if isinstance(layer, nn.modules.conv._ConvNd):
-        return f"{layer.in_channels} channels in {len(layer.kernel_size) + 2} dimensions"
+        rank = len(layer.kernel_size) + 2
+        fits = channels == layer.in_channels and given.dim() == rank
+        return "" if fits else f"{layer.in_channels} channels in dimension 1 of {rank}"
     if isinstance(layer, nn.Linear):
-        return f"{layer.in_features} features in the last dimension"
+        fits = given.dim() > 0 and given.shape[-1] == layer.in_features
+        return "" if fits else f"{layer.in_features} features in the last dimension"
     if isinstance(layer, nn.modules.batchnorm._NormBase):
-        return f"{layer.num_features} channels"
-    if isinstance(layer, nn.LayerNorm):
-        return f"last dimensions {tuple(layer.normalized_shape)}"
+        return "" if channels == layer.num_features else f"{layer.num_features} channels in dimension 1"
     return ""
 
 

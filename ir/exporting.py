@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,9 +65,28 @@ def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's internals and the model's own asserts, once per export
+    with _quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, log lines and dumped graphs from the terminal: a failure is explained in words."""
+    handlers, said = logging.getLogger("torch").handlers, io.StringIO()
+    for handler in handlers:
+        handler.addFilter(_nothing)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+        print(said.getvalue(), end="", file=sys.stderr)  # all went well: what is there, the model itself has said
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:  # noqa: ARG001 - the signature of a filter
+    return False
 
 
 def _symbolic_batches(program: ExportedProgram) -> int:
@@ -86,7 +108,7 @@ def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     for i, leaf in enumerate(leaves):
         if batch and isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
             # a size of one is a constant to the exporter; a tensor given twice must be two to be marked twice
-            leaves[i] = torch.cat([leaf, leaf]).detach() if batch == 1 else leaf.detach()
+            leaves[i] = (torch.cat([leaf, leaf]) if batch == 1 else leaf.clone()).detach()
             shapes[leaves[i]] = {0: Dim.AUTO}
             count += 1
     new_args, new_kwargs = pytree.tree_unflatten(leaves, spec)

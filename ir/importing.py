@@ -89,7 +89,8 @@ def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
     arguments = list(_mapped(node.args, values))
     position = next((i for i, a in enumerate(arguments) if isinstance(a, fx.GraphModule)), None)
     if position is None or not _neutral(name, arguments[:position]):
-        raise explaining.region_refusal(node, name)
+        body = next((a for a in arguments if isinstance(a, fx.GraphModule)), None)
+        raise explaining.region_refusal(node, name, body)
     region, operands = arguments[position], arguments[position + 1 :]
     inner: Values = {}
     inputs = iter(operands)
@@ -100,7 +101,7 @@ def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
             return _mapped(child.args[0], inner)
         else:
             _import_node(graph, inner, region, child)
-    raise explaining.region_refusal(node, name)
+    raise explaining.region_refusal(node, name, region)
 
 
 def _neutral(name: str, options: list[Any]) -> bool:

@@ -85,7 +85,7 @@ def _linear(a: Arguments) -> Described | None:
 
 
 def _running_norm(kind: str, a: Arguments, batch_statistics: bool) -> Described | None:
-    """A norm that uses its running statistics, or has none; one that would move them in evaluation mode is no layer."""
+    """A norm that uses its running statistics, or has none at all."""
     tracked = a["running_mean"] is not None
     known = next((a[r] for r in ("weight", "bias", "running_mean") if a[r] is not None), None)
     if known is None or tracked == batch_statistics:
@@ -99,6 +99,16 @@ def _running_norm(kind: str, a: Arguments, batch_statistics: bool) -> Described 
     }
     rank = max(len(_shape(a["input"])) - 2, 1)
     return (f"{kind}{rank}d", {**values, **_lacking(a)}) if rank <= 3 else None
+
+
+def moved_statistics(node: fx.Node) -> str:
+    """Name of the running mean that a norm left in the graph would move although the model is in evaluation mode."""
+    rule = RULES.get(getattr(node.target, "_opname", ""))
+    if rule is None or "running_mean" not in rule.roles:
+        return ""
+    a = bound(node)
+    moves = a["running_mean"] is not None and (a.get("training") or a.get("use_input_stats"))
+    return str(getattr(a["running_mean"], "target", "")) if moves else ""
 
 
 def _lacking(a: Arguments) -> Arguments:

@@ -50,6 +50,11 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, tensor in tensors:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
             raise ModelError(f"{name!r} has no values yet", hint="Initialise the model (run it once) before tracing.")
+        if tensor.is_inference():
+            raise ModelError(
+                f"{name!r} was made under torch.inference_mode and cannot be trained or exported",
+                hint="Create and load the model outside of inference mode.",
+            )
         # one sum finds nearly every healthy tensor; it may also overflow, so the elements have the last word
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().sum())):
             _check_elements(name, tensor)

@@ -19,9 +19,9 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from . import cleaning, dialect, explaining, exporting, functional, importing, raising
+from . import cleaning, dialect, explaining, exporting, functional, importing, layer_rules, raising, specs
 from .errors import TraceError
-from .graph import Graph, TensorSpec
+from .graph import Graph
 from .module_tree import Store, build_tree, check_finite
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -59,6 +59,8 @@ def trace(
             f"cannot trace a {type(model).__name__}",
             hint="Give an nn.Module, a torch.fx.GraphModule, an ExportedProgram or a Graph.",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("cannot trace a TorchScript module", hint="Give the model that it was scripted from.")
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     args, kwargs = _arguments(example_inputs, example_kwargs)
     check_finite([*model.named_parameters(), *model.named_buffers()])
@@ -66,6 +68,7 @@ def trace(
     exported = exporting.export(model, args, kwargs)
     with torch.inference_mode(False):
         module, dropped = _build(exported.program, modules.get, _argument_names(model, len(args)))
+        specs.complete(module.eval(), exported.args, exported.kwargs)
     _set_modes(module, {path: child.training for path, child in modules.items()})
     return Graph(module, exported.args, exported.kwargs, dynamic_batch=exported.dynamic_batch, dropped=dropped)
 
@@ -79,7 +82,7 @@ def _from_program(
         args, kwargs = _arguments(example_inputs, example_kwargs)
     check_finite(program.state_dict.items())
     module, dropped = _build(program, {}.get, [f"arg_{i}" for i in range(len(args))])
-    _set_modes(module, {})
+    specs.complete(module.eval(), args, kwargs)
     return Graph(module, tuple(args), dict(kwargs), dynamic_batch=exporting.is_dynamic(program), dropped=dropped)
 
 
@@ -103,8 +106,11 @@ def _arguments(inputs: Inputs | None, kwargs: Mapping[str, Any] | None) -> tuple
     for path, leaf in leaves:
         if not isinstance(leaf, (Tensor, int, float, bool, str, type(None))):
             raise _bad_input(f"example input {pytree.keystr(path)}", leaf)
-    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+    tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
         raise TraceError("the example inputs hold no tensor", hint="Give a tensor, a tuple of tensors, or a dict.")
+    if any(tensor.numel() == 0 for tensor in tensors):
+        raise TraceError("an example input has no elements", hint="Give a batch of at least one.")
     return args, extra
 
 
@@ -155,7 +161,7 @@ def _build(
     layers = raising.raise_layers(graph, store, origin)
     cleaning.erase_dead(graph)
     _check_ops(graph)
-    _describe(graph)
+    specs.describe(graph)
     spec = program.call_spec
     assert spec.in_spec is not None
     graph._codegen = _PyTreeCodeGen(_PyTreeInfo([*names, *spec.in_spec.child(1).context], spec.in_spec, spec.out_spec))
@@ -166,26 +172,9 @@ def _build(
 
 def _check_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
-        if node.op == "call_function" and not dialect.allowed(node.target):
+        if node.op != "call_function":
+            continue
+        if not dialect.allowed(node.target):
             raise explaining.op_refusal(node)
-
-
-def _describe(graph: fx.Graph) -> None:
-    """Keep of the metadata what the dialect knows: `spec`, `path`, `source`."""
-    for node in graph.nodes:
-        meta = {"spec": _spec(node.meta.get("val"))} if node.op != "output" else {}
-        meta.update({key: node.meta[key] for key in ("path", "source") if node.meta.get(key)})
-        node.meta = meta
-
-
-def _spec(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return TensorSpec(tuple(_number(s) for s in value.shape), value.dtype)
-    if isinstance(value, (tuple, list)):
-        return tuple(_spec(v) for v in value)
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    """A size on the example inputs."""
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+        if moved := layer_rules.moved_statistics(node):
+            raise explaining.own_tensor_refusal(moved, node)
