@@ -118,7 +118,7 @@ def test_summary_counts_a_wrong_cut_and_a_silent_refusal():
         for name, facts in {"timm:a": GOOD, "timm:b": wrong, "timm:c": exact_in_double, "timm:d": silent}.items()
     }
     rows = {(row.case, row.metric): row for row in coverage_report.summary(records)}
-    assert rows["summary: timm, one per family", "cut to 50 % MACs, exact"].value == "2/4"
+    assert rows["summary: timm, one per family", "50 % of MACs left, exact"].value == "2/4"
     assert rows["summary: all", "wrong cuts"].value == 1
     assert rows["summary: all", "wrong cuts"].met is False
     assert rows["summary: all", "refusals without a reason"].value == 1

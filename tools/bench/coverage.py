@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .common import header, screen, show
-from .coverage_report import Records, load_records, put_record, summary, table
+from .coverage_report import Records, load_records, markdown, put_record, summary, table
 from .coverage_worker import SIDES, measure_task, warm_up
 from .processes import run_forked
 from .zoo import DEFAULT_PATTERNS, names
@@ -48,6 +48,8 @@ def main() -> None:
         console.print(f"{name} · {side}: {_outcome(facts)}", markup=False, soft_wrap=True)
     chosen: Records = {name: records[name] for name in wanted if name in records}
     console.print(table(chosen))
+    if options.markdown:
+        options.markdown.write_text(markdown(chosen, header(options.seed)))
     show(summary(chosen), "Goals", console)
 
 
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("patterns", nargs="*", help="torchvision:GLOB or timm:GLOB (default: the whole sample)")
     parser.add_argument("--quick", action="store_true", help="five small networks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="read and write the rows here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as a page")
     parser.add_argument("--only", choices=SIDES, help="measure one side")
     parser.add_argument("--again", action="store_true", help="measure what the file holds already")
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: the network's own)")

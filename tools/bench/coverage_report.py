@@ -35,11 +35,10 @@ GOALS: dict[str, tuple[str, Callable[[Facts], bool | None]]] = {
 
 
 def exact(facts: Facts) -> bool:
-    """Whether the cut network equals the masked one to the precision wanted of it."""
+    """Whether the cut network equals the masked one, and both the network's own code, to the precision wanted."""
     double = facts.get("distance_double")
-    return bool(facts.get("distance", 1.0) < 1e-4 and (double is None or double < 1e-9)) or bool(
-        double is not None and double < 1e-9
-    )
+    oracle = facts.get("distance", 1.0) < 1e-4 if double is None else double < 1e-9
+    return bool(oracle) and facts.get("trace_distance", 0.0) < 1e-4 and facts.get("original_distance", 0.0) < 1e-4
 
 
 def to_rows(records: Records) -> list[Row]:
@@ -82,34 +81,63 @@ def put_record(path: Path, head: Row, name: str, side: str, facts: Facts) -> Non
         write_rows(path, [head, *summary(records), *to_rows(records)])
 
 
+COLUMNS = ("network", "kind", "exported", "labelled", "cuttable", "MACs left", "oracle", "double", "own code",
+           "reloaded", "trace s", "label s", "cut s", "Torch-Pruning", "MACs left", "graph s", "prune s",
+           "why not")  # fmt: skip
+FIELDS = ("exported", "labelled", "cuttable", "macs_left", "distance", "distance_double", "original_distance",
+          "reloaded", "trace_seconds", "label_seconds", "cut_seconds")  # fmt: skip
+
+
+def cells(name: str, sides: dict[str, Facts]) -> list[str]:
+    """One line of the table: fxpress on the left, the peer on the right, then fxpress's reason or what it pinned."""
+    ours, peer = sides.get(OURS, {}), sides.get(PEER, {})
+    line = [name, str(ours.get("kind") or peer.get("kind") or "?")]
+    line += [pretty(ours.get(field)) for field in FIELDS]
+    line += [_peer_word(peer), *(pretty(peer.get(field)) for field in ("macs_left", "graph_seconds", "cut_seconds"))]
+    return [*line, str(ours.get("reason") or "")]
+
+
 def table(records: Records) -> Table:
-    """One line per network, fxpress on the left, the peer on the right."""
+    """All networks for the screen."""
     view = Table(title="Cut to 50 % of the MACs", title_justify="left")
-    for column in ("network", "kind", "cuttable", "MACs left", "distance", "double", "reloaded", "trace s", "label s"):
-        view.add_column(column)
-    for column in ("cut s", "Torch-Pruning", "MACs left", "graph s", "cut s", "why not"):
+    for column in COLUMNS:
         view.add_column(column)
     for name, sides in sorted(records.items()):
-        ours, peer = sides.get(OURS, {}), sides.get(PEER, {})
-        fields = ("cuttable", "macs_left", "distance", "distance_double", "reloaded", "trace_seconds", "label_seconds")
-        cells = [name, str(ours.get("kind") or peer.get("kind") or "?")]
-        cells += [pretty(ours.get(field)) for field in (*fields, "cut_seconds")]
-        cells += [
-            _peer_word(peer),
-            *(pretty(peer.get(field)) for field in ("macs_left", "graph_seconds", "cut_seconds")),
-        ]
-        view.add_row(*cells, _why(ours))
+        view.add_row(*cells(name, sides))
     return view
+
+
+def markdown(records: Records, head: Row) -> str:
+    """The same as a page: environment, goals, all networks, and why the peer did not cut those that it did not."""
+    goals = [["case", "metric", "fxpress", "Torch-Pruning", "goal", "met"]]
+    goals += [
+        [r.case, r.metric, pretty(r.value), pretty(r.peer), r.goal or "", pretty(r.met)] for r in summary(records)
+    ]
+    lines = [list(COLUMNS), *(cells(name, sides) for name, sides in sorted(records.items()))]
+    refused = [["network", "Torch-Pruning"]]
+    for name, sides in sorted(records.items()):
+        if PEER in sides and not sides[PEER].get("cut"):
+            refused.append([name, str(sides[PEER].get("reason"))])
+    pinned = [["network", "pinned by fxpress"]]
+    for name, sides in sorted(records.items()):
+        if sides.get(OURS, {}).get("pinned"):
+            pinned.append([name, str(sides[OURS]["pinned"])])
+    facts = "\n".join(f"- {key}: {value}" for key, value in head.value.items())
+    parts = ["# Coverage", facts, "## Goals", _grid(goals), "## Networks", _grid(lines)]
+    parts += ["## What fxpress leaves alone", _grid(pinned), "## What Torch-Pruning does not cut", _grid(refused)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(lines: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "/").replace("\n", " ") for cell in line] for line in lines]
+    rule = ["---"] * len(lines[0])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
 
 
 def _peer_word(peer: Facts) -> str:
     if not peer:
         return ""
     return "wrong" if peer.get("wrong") else pretty(bool(peer.get("cut")))
-
-
-def _why(ours: Facts) -> str:
-    return str(ours.get("reason") or "")
 
 
 def summary(records: Records) -> list[Row]:
@@ -124,7 +152,7 @@ def summary(records: Records) -> list[Row]:
     shares = {"torchvision": 1.0, "timm, one per family": 0.97, "timm, CNN families": 1.0}
     for label, members in groups.items():
         if members and label in shares:
-            rows.append(_count_row(records, label, members, shares[label]))
+            rows += _count_rows(records, label, members, shares[label])
     rows += _cnn_rows(records, groups["all CNNs"])
     rows += _wrong_rows(records)
     return rows
@@ -139,20 +167,21 @@ def succeeded(facts: Facts) -> bool:
     return bool(facts.get("cut")) and exact(facts)
 
 
-def _count_row(records: Records, label: str, members: list[str], share: float) -> Row:
+def _count_rows(records: Records, label: str, members: list[str], share: float) -> list[Row]:
+    """Networks cut to the budget, and networks cut at all (the peer is given a ratio of channels, not a budget)."""
     ours = [records[n][OURS] for n in members if OURS in records[n]]
     peer = [records[n][PEER] for n in members if PEER in records[n]]
     good = sum(map(succeeded, ours))
-    right = sum(bool(facts.get("cut")) for facts in peer)
-    return Row(
-        f"summary: {label}",
-        "cut to 50 % MACs, exact",
-        f"{good}/{len(ours)}" if ours else None,
-        "networks",
-        f"{right}/{len(peer)}" if peer else None,
-        f"≥ {share:.0%}",
-        good >= share * len(ours) if ours else None,
-    )
+    right = [facts for facts in peer if facts.get("cut")]
+    halved = sum(facts["macs_left"] <= 0.51 for facts in right)
+    case, goal, met = f"summary: {label}", f"≥ {share:.0%}", good >= share * len(ours) if ours else None
+    value = f"{good}/{len(ours)}" if ours else None
+    rows = [Row(case, "50 % of MACs left, exact", value, "networks", _of(halved, peer), goal, met)]
+    return [*rows, Row(case, "cut at all, exact", value, "networks", _of(len(right), peer))]
+
+
+def _of(count: int, among: list[Facts]) -> str | None:
+    return f"{count}/{len(among)}" if among else None
 
 
 def _cnn_rows(records: Records, members: list[str]) -> list[Row]:
