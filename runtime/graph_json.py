@@ -22,7 +22,7 @@ from ..ir import dialect
 from ..ir.errors import GraphError
 from ..ir.graph import Graph, TensorSpec
 from .module_json import Record, decode_modules, describe, encode_modules, read_record
-from .value_json import JSON, FormatError, check_name, check_object, check_text, clean, decode, encode
+from .value_json import JSON, FormatError, check_keyword, check_name, check_object, check_text, clean, decode, encode
 
 MAX_NODES = 100_000
 _SECTIONS = {"nodes": list, "signature": object, "modules": list, "tensors": dict, "examples": dict,
@@ -30,6 +30,7 @@ _SECTIONS = {"nodes": list, "signature": object, "modules": list, "tensors": dic
 INPUTS = "inputs/"  # names of example inputs; no path of a module has a slash
 _MAX_ARGS = {"placeholder": 1, "get_attr": 0, "output": 1}
 _TEXTS = ("path", "source", "author")
+_BEFORE = "channels_before"  # how many channels a node had before it was cut
 _OPS = ("placeholder", "get_attr", "call_module", "call_function", "output")
 
 
@@ -86,6 +87,8 @@ def _encode_node(node: fx.Node) -> dict[str, JSON]:
     meta = {key: clean(node.meta[key]) for key in _TEXTS if node.meta.get(key)}
     if "spec" in node.meta:
         meta["spec"] = _encode_spec(node.meta["spec"])
+    if _BEFORE in node.meta:
+        meta[_BEFORE] = int(node.meta[_BEFORE])
     return {
         "name": node.name,
         "op": node.op,
@@ -200,7 +203,7 @@ def _decode_node(row: JSON, graph: fx.Graph, known: dict[str, fx.Node], targets:
     op, target = row["op"], row["target"]
     resolve = {"node": lambda other: _known(known, other, name)}
     args = tuple(decode(value, resolve) for value in row["args"])
-    kwargs = {check_name(key, f"argument of {name}"): decode(value, resolve) for key, value in row["kwargs"].items()}
+    kwargs = {check_keyword(key, f"argument of {name}"): decode(value, resolve) for key, value in row["kwargs"].items()}
     if op not in _OPS or (op in targets and target not in targets[op]):
         raise FormatError(f"node {name!r}: there is no {op[:200]} {target[:200]!r}")
     if op in _MAX_ARGS and (len(args) > _MAX_ARGS[op] or kwargs):
@@ -230,8 +233,12 @@ def _function(name: str, target: str) -> Callable[..., Any]:
 
 
 def _decode_meta(name: str, meta: JSON) -> dict[str, Any]:
-    check_object(meta, f"meta of node {name!r}", {}, {"spec": object, **dict.fromkeys(_TEXTS, str)})
+    check_object(meta, f"meta of node {name!r}", {}, {"spec": object, _BEFORE: int, **dict.fromkeys(_TEXTS, str)})
     found: dict[str, Any] = {key: check_text(meta[key], f"{key} of node {name!r}") for key in _TEXTS if key in meta}
+    if _BEFORE in meta:
+        if not 0 < meta[_BEFORE] < 2**31:
+            raise FormatError(f"node {name!r}: {meta[_BEFORE]} is no number of channels")
+        found[_BEFORE] = meta[_BEFORE]
     return found | ({"spec": _decode_spec(meta["spec"])} if "spec" in meta else {})
 
 
@@ -267,7 +274,7 @@ def _decode_signature(signature: JSON, nodes: list[fx.Node]) -> CodeGen:
     if not (type(inputs) is tuple and [type(part) for part in inputs] == [tuple, dict]):
         raise FormatError("the inputs are not a tuple and a dict")
     for key in inputs[1]:
-        check_name(key, "keyword input")
+        check_keyword(key, "keyword input")
     in_spec = _structure(inputs, sum(node.op == "placeholder" for node in nodes))
     if len(set(names)) != len(names) or len(names) != len(inputs[0]) + len(inputs[1]):
         raise FormatError("the names of the inputs do not fit their number")
