@@ -46,7 +46,7 @@ class Emit(Pass):
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
         choice = self._lay_out(graph)
         result.notes += [f"engine torch, {choice.reason}"]
-        result.metrics = {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
+        result.metrics |= {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
         return result
 
     def _lay_out(self, graph: Graph) -> Choice:
