@@ -93,13 +93,19 @@ def dump(value: JSON) -> str:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
+def check_keyword(name: JSON, what: str) -> str:
+    """An ASCII identifier that may name an argument in a call of generated code."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise FormatError(f"{what} {_short(name)} is not a plain identifier")
+    return str(name)
+
+
 def check_name(name: JSON, what: str) -> str:
     """An ASCII identifier that may become a variable of generated code."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise FormatError(f"{what} {_short(name)} is not a plain identifier")
-    if keyword.iskeyword(name) or name in _RESERVED or (name.startswith("__") and name.endswith("__")):
+    check_keyword(name, what)
+    if name in _RESERVED or (name.startswith("__") and name.endswith("__")):
         raise FormatError(f"{what} {name!r} is reserved in Python or in generated code")
-    return name
+    return str(name)
 
 
 def check_path(path: JSON) -> str:

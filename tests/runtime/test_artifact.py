@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fxpress.ir.cut import Cut
 from fxpress.ir.errors import ArtifactError
 from fxpress.ir.graph import Graph
+from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
+from fxpress.ir.verify import lint, prove_cut
 from fxpress.runtime.artifact import load, save
 from fxpress.runtime.layers import ChannelMask
 from torch import Tensor, fx, nn
@@ -288,6 +292,34 @@ def test_a_loaded_graph_can_be_edited_and_copied(tmp_path: Path) -> None:
         relu.replace_all_uses_with(relu.args[0])
     assert graph.history == ["test"]
     assert not same(run(graph), run(twin))
+
+
+@pytest.mark.parametrize("name", ["residual-eval", "branches"])
+def test_a_loaded_graph_is_cut_like_the_one_that_was_saved(name: str, tmp_path: Path) -> None:
+    graph = traced(name)
+    graph.module.eval()
+    save(tmp_path / "m.fxp", graph)
+    results = []
+    for one in (graph, load(tmp_path / "m.fxp").graph):
+        groups = one.analyse(find_groups)
+        cut = Cut(groups, np.concatenate([group.classes[::2][: group.channels - 1] for group in groups.groups]))
+        candidate = cut.apply("cut")
+        assert prove_cut(cut, candidate) < 1e-5
+        results.append(candidate)
+    assert sum(p.numel() for p in results[1].module.parameters()) < sum(p.numel() for p in graph.module.parameters())
+    assert same(run(results[1]), run(results[0]))
+    save(tmp_path / "cut.fxp", results[1])
+    again = load(tmp_path / "cut.fxp").graph
+    lint(again)
+    assert again.history == ["cut"]
+    assert same(run(again), run(results[0]))
+
+
+def test_the_batch_stays_dynamic(tmp_path: Path) -> None:
+    graph = traced("residual-eval")
+    save(tmp_path / "m.fxp", graph)
+    x = torch.randn(5, 3, 8, 8)
+    assert same(load(tmp_path / "m.fxp").graph(x), graph(x))
 
 
 def test_a_fresh_process_needs_no_model_source(tmp_path: Path) -> None:
