@@ -133,7 +133,8 @@ class Explanation:
         head = Text.assemble(
             ("Cannot be cut: ", "bold"),
             f"{group.name}, {count(group.channels, 'channel')}, {amount(group.macs)} MACs ",
-            f"({_percent(self._share(group))}), {amount(group.params)} parameters, {count(len(group.members), 'member')}",
+            f"({_percent(self._share(group))}), {amount(group.params)} parameters, ",
+            count(len(group.members), "member"),
         )
         kinds: dict[tuple[str, str], list[Reason]] = {}
         for reason in group.reasons:
