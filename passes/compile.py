@@ -118,7 +118,7 @@ class _Run:
         context = replace(
             self.context,
             seed=pass_seed(self.context.seed, index, one.name),
-            workdir=self.workdir and self.workdir.scratch(index),
+            workdir=self.workdir.scratch(index) if self.workdir else None,
         )
         result, seconds = run_pass(one, self.graph, context)
         last = index == len(self.pipeline)

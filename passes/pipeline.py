@@ -20,7 +20,7 @@ from .schema import pipeline_schema
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 PassLike = Pass | str | Mapping[str, Any]
 """A pass object, its name, or `{name: options}`."""

@@ -19,8 +19,8 @@ def make_console() -> Console:
 
 def show_row(console: Console, row: Row, before: Row | None) -> None:
     """One line: what the pass did to the counts, how far the outputs moved, how long it took."""
-    facts = [_change("parameters", row.parameters, before and before.parameters)]
-    facts.append(_change("MACs", row.macs, before and before.macs))
+    old = before or row
+    facts = [_change("parameters", row.parameters, old.parameters), _change("MACs", row.macs, old.macs)]
     if row.accuracy is not None:
         facts.append(f"accuracy {row.accuracy:.2%}")
     if row.distance is not None:
@@ -28,5 +28,5 @@ def show_row(console: Console, row: Row, before: Row | None) -> None:
     console.print(f"[bold]{row.name:<18}[/] {'  '.join(facts)}  [dim]{row.seconds:.1f} s[/]", soft_wrap=True)
 
 
-def _change(what: str, now: int, before: int | None) -> str:
-    return f"{what} {short(now)}" if before in (None, now) else f"{what} {short(before or 0)} → {short(now)}"
+def _change(what: str, now: int, before: int) -> str:
+    return f"{what} {short(now)}" if now == before else f"{what} {short(before)} → {short(now)}"

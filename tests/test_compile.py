@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from fxpress import (
     ArtifactError,
     BudgetError,
@@ -29,7 +31,6 @@ from fxpress import (
     load,
     trace,
 )
-from torch import Tensor, nn
 
 PASSES: list[Any] = [
     "fold-batchnorm",
@@ -348,7 +349,7 @@ def test_example_inputs_that_do_not_fit(inputs: Any) -> None:
 
 @pytest.mark.parametrize("inputs", [torch.randn(2, 3, 6, 6), (X, X), {"y": X}])
 def test_example_inputs_that_do_not_fit_a_traced_network(inputs: Any) -> None:
-    with pytest.raises(ModelError, match="does not take example inputs of shape .* traced with"):
+    with pytest.raises(ModelError, match=r"does not take example inputs of shape .* traced with"):
         compile(trace(network(), X), [], inputs)
 
 
@@ -357,7 +358,7 @@ def test_a_model_that_cannot_be_traced() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + 1 if x.sum() > 0 else x - 1
 
-    with pytest.raises(TraceError, match="test_compile.py"):
+    with pytest.raises(TraceError, match=r"test_compile\.py"):
         compile(Branches(), [], X)
 
 

@@ -62,5 +62,5 @@ def remove_dropout(graph: Graph, author: str) -> int:
     found = [node for node in graph.nodes if isinstance(graph.layer(node), DROPOUTS)]
     with graph.edit(author):
         for node in found:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
     return len(found)

@@ -66,11 +66,13 @@ def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
 
 def affine_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Factor s and term t, both `(C,)` in double precision, with `bn(y) = s y + t` in evaluation mode."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator, union-attr]
-    scale = torch.rsqrt(variance + norm.eps)  # type: ignore[operator]
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()  # type: ignore[operator]
+        scale = scale * norm.weight.detach().double()
     shift = -scale * mean
     if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()  # type: ignore[operator]
+        shift = shift + norm.bias.detach().double()
     return scale, shift

@@ -101,7 +101,8 @@ def given_factors(masks: dict[str, list[float]], anchors: list[Anchor], count: i
         for anchor in matching:
             _give(factors, anchor, np.asarray(values, dtype=np.float64))
     factors[0] = np.nan
-    return np.nan_to_num(factors, nan=1.0)
+    factors[np.isnan(factors)] = 1.0
+    return factors
 
 
 def insert_layers(graph: Graph, anchors: list[Anchor], factors: FloatArray, author: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from fxpress import Budget, OptionError
 
 
@@ -39,7 +40,7 @@ def test_out_of_range(metric: str, value: Any) -> None:
 
 
 def test_wrong_unit_says_an_example() -> None:
-    with pytest.raises(OptionError, match="given '3ms'.*such as '12MB'"):
+    with pytest.raises(OptionError, match=r"given '3ms'.*such as '12MB'"):
         Budget(size="3ms")
 
 

@@ -6,11 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from fxpress.ir.errors import OptionError
+from fxpress.ir.graph import Graph
 from fxpress.passes.base import LOSSY, Context, Pass, PassResult, Semantics
 from fxpress.passes.budget import Budget
 from pydantic import Field, ValidationError
-
-from fxpress.ir.graph import Graph
 
 
 class Shrink(Pass):

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fxpress import OptionError, Pipeline
 from fxpress.passes.emit.emit import Emit
 from fxpress.passes.fuse.fold_batchnorm import FoldBatchnorm
 from fxpress.passes.registry import PASSES, all_passes, find_pass
+
+from fxpress import OptionError, Pipeline
 
 ENTRIES: list[Any] = ["fold-batchnorm", {"insert-masks": {"ratio": 0.5}}, {"emit": {"layout": "contiguous"}}]
 YAML = """
@@ -56,7 +57,7 @@ def test_round_trip() -> None:
     pipeline = Pipeline(ENTRIES, seed=3)
     assert Pipeline.from_dict(pipeline.to_dict()) == pipeline
     assert pipeline.to_dict() == {"seed": 3, "passes": ENTRIES}
-    assert [type(one) for one in pipeline][0] is FoldBatchnorm
+    assert next(type(one) for one in pipeline) is FoldBatchnorm
     assert len(pipeline) == 3
 
 

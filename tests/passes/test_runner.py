@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from fxpress import BudgetError, FxpressError, Graph, GraphError, ModelError, VerifyError, trace
 from fxpress.passes.base import EXACT, LOSSY, TRAINING, Context, Pass, PassResult, Semantics
 from fxpress.passes.clone import clone_graph
 from fxpress.passes.runner import check_finite, run_pass
 from torch import nn
+
+from fxpress import BudgetError, FxpressError, Graph, GraphError, ModelError, VerifyError, trace
 
 
 class Does(Pass):

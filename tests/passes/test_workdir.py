@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fxpress import Graph, OptionError, Pipeline, trace
 from fxpress.passes.report import Report, Row
 from fxpress.passes.workdir import Workdir, fingerprint
 from torch import nn
+
+from fxpress import Graph, OptionError, Pipeline, trace
 
 PIPELINE = Pipeline(["fold-batchnorm", "insert-masks", "emit"])
 
@@ -123,7 +124,7 @@ def test_an_unreadable_state_says_what_to_do(tmp_path: Path, text: str) -> None:
 
 def test_a_workdir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptionError, match="workdir .* cannot be made"):
+    with pytest.raises(OptionError, match=r"workdir .* cannot be made"):
         Workdir(tmp_path / "file", PIPELINE, "model", 0)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fxpress import Graph, OptionError, trace
 from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context, PassResult
 from fxpress.passes.emit import layout
@@ -19,6 +18,8 @@ from fxpress.runtime.layers.channel_mask import ChannelMask
 from fxpress.runtime.measure import Latency
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxpress import Graph, OptionError, trace
 
 
 class Net(nn.Module):

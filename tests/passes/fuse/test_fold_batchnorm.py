@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fxpress import Graph, trace
 from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context
 from fxpress.passes.fuse.fold_batchnorm import FoldBatchnorm
 from fxpress.passes.runner import run_pass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxpress import Graph, trace
 
 DOUBLE = 1e-12
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fxpress import Graph, OptionError, trace
 from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context, PassResult
 from fxpress.passes.prune.insert_masks import InsertMasks
@@ -14,6 +13,8 @@ from fxpress.passes.prune.prune_channels import PruneChannels
 from fxpress.passes.runner import run_pass
 from fxpress.runtime.layers.channel_mask import ChannelMask
 from torch import Tensor, nn
+
+from fxpress import Graph, OptionError, trace
 
 
 class Residual(nn.Module):
