@@ -191,20 +191,17 @@ def _remove_empty(module: nn.Module, path: str, owners: set[str]) -> bool:
 def _copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph and the module tree; tensors are shared."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    root = nn.Module()
+    # filled by hand: GraphModule(root, graph) copies only what nodes name, so a shared layer would lose its second path
+    # and the state dict its order
+    twin = fx.GraphModule(nn.Module(), fx.Graph())
     for name, child in module._modules.items():
-        if child is not None:
-            root.add_module(name, copy.deepcopy(child, memo))
+        twin.add_module(name, copy.deepcopy(child, memo))
     for name, parameter in module._parameters.items():
-        root.register_parameter(name, parameter)
+        twin.register_parameter(name, parameter)
     for name, buffer in module._buffers.items():
-        root.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-    twin = fx.GraphModule(root, _copy_nodes(module.graph))
-    twin.train(module.training)
-    # deepcopy keeps each layer's own mode, which train() has just overwritten where modes differ
-    modes = {path: child.training for path, child in module.named_modules()}
-    for path, child in twin.named_modules():
-        child.training = modes.get(path, module.training)
+        twin.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+    twin.graph = _copy_nodes(module.graph)
+    twin.training = module.training
     return twin
 
 
