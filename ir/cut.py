@@ -67,7 +67,7 @@ class Cut:
 
     def apply(self, author: str) -> Graph:
         """Build the graph without the dead channels."""
-        twin = self.groups.graph.copy()
+        twin = self.groups.graph.copy(compiled=False)
         nodes = {node.name: node for node in twin.module.graph.nodes}
         self._slice_tensors(twin, nodes)
         for node in self.groups.graph.module.graph.nodes:
@@ -150,19 +150,22 @@ class Cut:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """Parameters and buffers that a constant is computed from."""
-    found, stack = [], [node]
+    seen: dict[fx.Node, None] = {}
+    stack = [node]
     while stack:
         for source in stack.pop().all_input_nodes:
-            found.append(source) if source.op == "get_attr" else stack.append(source)
-    return found
+            if source not in seen:
+                seen[source] = None
+                stack.append(source)
+    return [source for source in seen if source.op == "get_attr"]
 
 
 def _sliced(tensor: Tensor, dims: dict[int, BoolArray]) -> Tensor:
     """The tensor with only the indices that stay along each of `dims`."""
     tensor = tensor.detach()
-    for dim, stays in dims.items():
+    for dim, stays in sorted(dims.items(), key=lambda item: item[1].mean()):
         tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(stays)))
-    return tensor.clone()
+    return tensor if dims else tensor.clone()
 
 
 def _aliases(module: nn.Module) -> dict[str, list[str]]:

@@ -111,10 +111,14 @@ class Graph:
         result: T = cached[1]
         return result
 
-    def copy(self) -> Graph:
-        """An independent graph whose layers share their tensors with this one until either replaces them."""
+    def copy(self, *, compiled: bool = True) -> Graph:
+        """An independent graph whose layers share their tensors with this one until either replaces them.
+
+        Args:
+            compiled: False leaves `module.recompile()` to a caller who is going to edit the nodes first.
+        """
         twin = Graph(
-            _copy_module(self.module),
+            _copy_module(self.module, compiled=compiled),
             self.example_args,
             self.example_kwargs,
             dynamic_batch=self.dynamic_batch,
@@ -188,21 +192,33 @@ def _remove_empty(module: nn.Module, path: str, owners: set[str]) -> bool:
     return path not in owners and not (module._modules or module._parameters or module._buffers)
 
 
-def _copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph and the module tree; tensors are shared."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    # filled by hand: GraphModule(root, graph) copies only what nodes name, so a shared layer would lose its second path
-    # and the state dict its order
+def _copy_module(module: fx.GraphModule, *, compiled: bool = True) -> fx.GraphModule:
+    """Copy the graph and the module tree; tensors are shared. Without `compiled`, `recompile()` is left to the caller."""
     twin = fx.GraphModule(nn.Module(), fx.Graph())
+    memo: dict[int, nn.Module] = {}
     for name, child in module._modules.items():
-        twin.add_module(name, copy.deepcopy(child, memo))
-    for name, parameter in module._parameters.items():
-        twin.register_parameter(name, parameter)
-    for name, buffer in module._buffers.items():
-        twin.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
-    twin.graph = _copy_nodes(module.graph)
+        twin.add_module(name, _copy_layer(child, memo) if child is not None else None)
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     twin.training = module.training
+    twin._graph = _copy_nodes(module.graph)
+    twin._graph.owning_module = twin
+    if compiled:
+        twin.recompile()
     return twin
+
+
+def _copy_layer(layer: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A layer with its own tables of tensors and sub-modules; the tensors themselves are shared, shared layers stay so."""
+    if id(layer) not in memo:
+        twin = memo[id(layer)] = layer.__new__(type(layer))
+        twin.__dict__.update(layer.__dict__)
+        twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+        twin._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+        twin._modules = {
+            name: _copy_layer(child, memo) if child is not None else None for name, child in layer._modules.items()
+        }
+    return memo[id(layer)]
 
 
 def _copy_nodes(graph: fx.Graph) -> fx.Graph:

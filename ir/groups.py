@@ -71,7 +71,7 @@ class Groups:
 
     def vector(self, labels: Tensor) -> IntArray:
         """Classes of labels with expanded dimensions collapsed, flattened."""
-        key = (labels.data_ptr(), *labels.shape, *labels.stride())
+        key = identity(labels)
         known = self._vectors.get(key)
         if known is None:
             known = self.class_of[collapse(labels).reshape(-1).numpy()]
@@ -144,7 +144,7 @@ class _CostFunction:
         self._rows: list[IntArray] = [np.zeros(0, np.int64)]  # row 0 stands for a dimension that is never cut
         self._known: dict[int, int] = {}
         labels, graph = groups.labels, groups.graph
-        batch = _batch_size(graph)
+        batch = batch_size(graph)
         macs = [(term.macs / batch, [groups.vector(v) for v in term.vectors]) for term in labels.terms]
         by_name: dict[str, list[IntArray]] = {}
         for slot, vector in labels.slots.items():
@@ -184,7 +184,7 @@ class _CostFunction:
         return Size(*totals)
 
 
-def _batch_size(graph: Graph) -> int:
+def batch_size(graph: Graph) -> int:
     """Images in the example inputs."""
     for node in graph.module.graph.nodes:
         if node.op == "placeholder" and getattr(node.meta.get("spec"), "shape", ()):
@@ -220,6 +220,12 @@ def _pin_conflicts(labels: Labels) -> None:
             labels.pin(labels.constants[node], "belongs to a parameter that is also a layer's weight")
 
 
+def identity(labels: Tensor) -> tuple[int, ...]:
+    """Equal for label tensors that hold the same atoms in the same order, however they are expanded."""
+    steps = [n for pair in zip(labels.shape, labels.stride(), strict=True) if pair[1] and pair[0] > 1 for n in pair]
+    return (labels.data_ptr(), *steps)
+
+
 def tensors(labels: Labels) -> Iterator[tuple[fx.Node, Tensor]]:
     """Every labelled tensor of a graph with its node."""
     for table in (labels.values, labels.constants):
@@ -248,49 +254,45 @@ def _solve_rectangular(labels: Labels) -> tuple[IntArray, int]:
 def _lock_and_group(groups: Groups) -> None:
     """Lock what may not be cut, and gather the rest by where it appears."""
     labels = groups.labels
-    rng = np.random.default_rng(0)
-    signature = np.zeros(groups.count, dtype=np.uint64)
-    seen: dict[bytes, IntArray] = {}
-    done: set[tuple[Any, ...]] = set()
-    for _, value in tensors(labels):
-        key = (value.data_ptr(), value.shape, value.stride())
-        if key not in done:
-            done.add(key)
-            _note(groups, groups.vector(value), seen)
-    for vector in labels.slots.values():
-        _note(groups, groups.vector(vector), seen)
-    for classes in seen.values():
-        signature[classes] += rng.integers(1, 2**63, dtype=np.uint64)
+    vectors = {id(v): v for v in (groups.vector(value) for _, value in tensors(labels))}
+    vectors |= {id(v): v for v in (groups.vector(vector) for vector in labels.slots.values())}
+    present = {key: _distinct(vector, groups.count) for key, vector in vectors.items()}
+    for classes in present.values():
+        if len(classes) == 1:
+            groups.locked[classes] = True  # a class that fills a tensor alone
     groups.locked[0] = True
     free = np.flatnonzero(~groups.locked)
     if len(free):
-        _gather(groups, free, signature)
+        _gather(groups, free, present)
 
 
-def _note(groups: Groups, vector: IntArray, seen: dict[bytes, IntArray]) -> None:
-    """Remember the classes of one tensor; a class that fills a tensor alone is locked."""
-    raw = vector.tobytes()
-    if raw not in seen:
-        present = np.unique(vector)
-        seen[raw] = present
-        if len(present) == 1:
-            groups.locked[present] = True
+def _distinct(vector: IntArray, count: int) -> IntArray:
+    """Sorted distinct entries of a vector of numbers below `count`."""
+    if len(vector) < count // 8:
+        return np.unique(vector)
+    hit = np.zeros(count, dtype=bool)
+    hit[vector] = True
+    return np.flatnonzero(hit)
 
 
-def _gather(groups: Groups, free: IntArray, signature: npt.NDArray[np.uint64]) -> None:
-    """Fill `groups.groups`: free classes by their signature, in the order of their first class."""
+def _gather(groups: Groups, free: IntArray, present: dict[int, IntArray]) -> None:
+    """Fill `groups.groups`: free classes that appear in the same tensors, in the order of their first class."""
+    rng = np.random.default_rng(0)
+    signature = np.zeros(groups.count, dtype=np.uint64)
+    for classes in {classes.tobytes(): classes for classes in present.values()}.values():
+        signature[classes] += rng.integers(1, 2**63, dtype=np.uint64)
     _, first, inverse = np.unique(signature[free], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))
     owner = np.full(groups.count, -1, dtype=np.int64)
-    owner[free] = rank[inverse]
+    owner[free] = np.argsort(np.argsort(first))[inverse]
+    owners = {key: [int(i) for i in _distinct(owner[classes] + 1, len(first) + 1) - 1] for key, classes in present.items()}
     slots: list[list[Slot]] = [[] for _ in first]
     members: list[list[str]] = [[] for _ in first]
     for slot, vector in groups.labels.slots.items():
-        for index in np.unique(owner[groups.vector(vector)]):
+        for index in owners[id(groups.vector(vector))]:
             if index >= 0:
                 slots[index].append(slot)
     for node, value in tensors(groups.labels):
-        for index in np.unique(owner[groups.vector(value)]):
+        for index in owners[id(groups.vector(value))]:
             if index >= 0 and (not members[index] or members[index][-1] != node.name):
                 members[index].append(node.name)
     order = np.argsort(owner[free], kind="stable")

@@ -114,11 +114,17 @@ class Labels:
             if node.op == "get_attr":
                 self._computed[node] = self.graph.tensor(str(node.target)).detach()
             else:
-                args = fx.map_arg(node.args, self.constant_value)
-                kwargs = fx.map_arg(node.kwargs, self.constant_value)
+                args = fx.map_arg(node.args, self._constant_argument)
+                kwargs = fx.map_arg(node.kwargs, self._constant_argument)
                 with torch.no_grad():
                     self._computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._computed[node]
+
+    def _constant_argument(self, node: fx.Node) -> Any:
+        """Value of a constant's argument; what `new_zeros` and its like take only type and device from is empty."""
+        if self.is_constant(node):
+            return self.constant_value(node)
+        return torch.empty(0, dtype=node.meta["spec"].dtype)
 
     # -- atoms, unions, pins ----------------------------------------------------------------------------------
 
@@ -253,13 +259,20 @@ def compress(labels: Tensor) -> Tensor:
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters, buffers and literals alone."""
+    """Nodes that depend on parameters, buffers and literals alone; `x.new_zeros(3, 4)` takes only its type from x."""
     constant: set[fx.Node] = set()
     for node in graph.nodes:
-        pure = node.op == "call_function" and all(source in constant for source in node.all_input_nodes)
-        if node.op == "get_attr" or pure:
+        if node.op == "get_attr":
             constant.add(node)
+        elif node.op == "call_function":
+            sources = node.all_input_nodes
+            typed = getattr(node.target, "overloadpacket", None) in _NEW and all(s is node.args[0] for s in sources)
+            if typed or all(source in constant for source in sources):
+                constant.add(node)
     return constant
+
+
+_NEW = {getattr(torch.ops.aten, f"new_{kind}") for kind in ("zeros", "ones", "full", "empty")}
 
 
 def find_labels(graph: Graph, attention: str = "width") -> Labels:

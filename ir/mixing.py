@@ -45,6 +45,18 @@ def constant_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "get_attr" else f"%{node.name}"
 
 
+def _input(labels: Labels, source: fx.Node) -> Tensor:
+    """Labels of what a producer reads; a constant that is fed to a layer (a table of coordinates) is data: all pinned."""
+    if not labels.is_constant(source):
+        x: Tensor = labels.read(source)
+        return x
+    constant = labels.representative(source)
+    if constant in labels.constants:
+        labels.pin(labels.constants[constant], "is a constant that a layer reads as its input")
+    labels.constants[constant] = zeros(shape_of(source))
+    return labels.constants[constant]
+
+
 def convolution_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
     """torch.nn.Conv1d ... ConvTranspose3d."""
     bias = f"{path}.bias" if layer.bias is not None else None
@@ -79,7 +91,7 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
     labels through; grouped ones tie position j of every group, for all groups must stay equally wide.
     """
     source: fx.Node = node.args[0]  # type: ignore[assignment]
-    x, shape = labels.read(source), shape_of(node)
+    x, shape = _input(labels, source), shape_of(node)
     rank = len(weight.shape) - 2
     channel = len(shape) - rank - 1
     read = channel_vector(labels, x, channel)
@@ -128,7 +140,7 @@ def linear(labels: Labels, node: fx.Node, weight: Weight, bias: str | None) -> A
     pass and the weight stays as it is.
     """
     source: fx.Node = node.args[0]  # type: ignore[assignment]
-    x, shape = labels.read(source), shape_of(node)
+    x, shape = _input(labels, source), shape_of(node)
     labels.readers[node] = (source,)
     last = x.dim() - 1
     macs = prod(shape) * weight.shape[1]
@@ -206,6 +218,9 @@ def contract(
     operands bring labels of their own, a position would belong to two atoms, so these are united.
     """
     shape = tuple(shape_of(node) if shape is None else shape)
+    for (constant, own), (other, letters) in ((a, b), (b, a)):
+        if isinstance(constant, fx.Node) and labels.is_constant(constant) and isinstance(other, fx.Node):
+            return _project(labels, node, (other, letters), (constant, own), result)
     sides = [_Side(labels, operand, letters) for operand, letters in (a, b)]
     order = "".join(dict.fromkeys(a[1] + b[1]))
     summed = [letter for letter in order if letter not in result]
@@ -236,6 +251,41 @@ def contract(
     vectors = (*inner, *((collapse(out).reshape(-1),) if varying(out) else ()))
     labels.terms.append(Term(node, prod(shape) * prod(sizes[letter] for letter in summed), vectors))
     return out
+
+
+def _project(labels: Labels, node: fx.Node, a: tuple[fx.Node, str], weight: tuple[fx.Node, str], result: str) -> Tensor:
+    """A contraction with a constant: a linear layer written out, whose constant is sliced along the summed letter.
+
+    The constant gives out fresh atoms along its own letter where nothing else of the result is labelled.
+    """
+    shape, (source, letters), (constant, own) = shape_of(node), a, weight
+    x = _input(labels, source)
+    labels.readers[node] = (source,)
+    slot = Weight(labels, constant)
+    sizes = dict(zip(letters + own, x.shape + slot.shape, strict=True))
+    summed = [letter for letter in letters if letter not in result]
+    macs = prod(shape) * prod(sizes[letter] for letter in summed)
+    moving = [letter for letter in summed if letter in own and varies(x, letters.index(letter))]
+    if varying(x) and not moving:
+        passed = _Side(labels, x, letters).spread(result, sizes).expand(shape)
+        shared = [letter for letter in own if letter in result and varies(passed, result.index(letter))]
+        if shared:
+            labels.pin(passed, "is multiplied, channel by channel, by a constant matrix")
+        labels.terms.append(Term(node, macs, (collapse(passed).reshape(-1),)))
+        return passed
+    for letter in moving[:1]:
+        slot.bind(own.index(letter), channel_vector(labels, x, letters.index(letter)))
+    for letter in moving[1:]:
+        labels.pin(x, "is contracted with a constant over several dimensions")
+    free = [letter for letter in own if letter in result and letter not in letters]
+    vectors = [labels.slots[s] for s in labels.slots if moving and s == (slot.name, own.index(moving[0]))]
+    if len(free) != 1:
+        labels.terms.append(Term(node, macs, tuple(vectors)))
+        return zeros(shape)
+    fresh = labels.atoms_vector(sizes[free[0]])
+    slot.bind(own.index(free[0]), fresh)
+    labels.terms.append(Term(node, macs, (fresh, *vectors)))
+    return along(fresh, result.index(free[0]), shape)
 
 
 class _Side:

@@ -107,9 +107,10 @@ def _meet(labels: Labels, operands: list[Tensor], shape: Sequence[int]) -> Tenso
         if other is lead:
             continue
         spans = any(other.shape[d] > 1 for d in channels)
-        if varying(other):
-            labels.unite(other.expand(tuple(shape)), lead.expand(tuple(shape)))
-        elif spans:
+        if spans and not varying(other) and not bool(collapse(other).any()):
+            labels.pin(lead, "meets a tensor whose channels cannot be cut")
+            lead = zeros((1,) * len(shape))
+        elif varying(other) or spans:
             labels.unite(other.expand(tuple(shape)), lead.expand(tuple(shape)))
         else:
             labels.pin(other, "has one channel that is broadcast over many")
@@ -146,12 +147,27 @@ def movement(labels: Labels, node: fx.Node) -> Any:
     args = fx.map_arg(node.args, labels.read)
     kwargs = fx.map_arg(node.kwargs, labels.read)
     if node.target in _VIEWS:
-        moved: Any = torch.reshape(args[0], node.meta["spec"].shape)
-    else:
-        moved = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _reshape(args[0], node.meta["spec"].shape)
+    moved: Any = node.target(*args, **kwargs)  # type: ignore[operator]
     if isinstance(moved, Tensor):
         return compress(moved) if moved.numel() > 4096 and moved.is_contiguous() else moved
     return tuple(moved)
+
+
+def _reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Reshape; dimensions at either end that keep their size and along which nothing changes are not copied."""
+    before, after = 0, 0
+    limit = min(x.dim(), len(shape))
+    while before < limit and x.shape[before] == shape[before] and not varies(x, before):
+        before += 1
+    while after < limit - before and x.shape[-1 - after] == shape[-1 - after] and not varies(x, x.dim() - 1 - after):
+        after += 1
+    inner = x[(0,) * before]
+    inner = inner[(..., *(0,) * after)] if after else inner
+    inner = inner.reshape(tuple(shape)[before : len(shape) - after])
+    if inner.numel() > 4096 and inner.is_contiguous():
+        inner = compress(inner)
+    return inner[(None,) * before + (...,) + (None,) * after].expand(tuple(shape))
 
 
 _VIEWS = {

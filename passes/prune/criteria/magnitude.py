@@ -1,0 +1,15 @@
+"""Magnitude of a filter's weights (Li et al. 2017, "Pruning filters for efficient ConvNets")."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def l1(rows: Tensor) -> Tensor:
+    """sum_i |w_i| of each row; rows (n, weights) -> (n,)."""
+    return rows.abs().sum(dim=1)
+
+
+def l2(rows: Tensor) -> Tensor:
+    """sqrt(sum_i w_i^2) of each row; rows (n, weights) -> (n,)."""
+    return rows.square().sum(dim=1).sqrt()

@@ -1,0 +1,190 @@
+"""`prune-channels`: remove channels, with everything that depends on them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ...ir.cost import measure_cost
+from ...ir.cut import Cut
+from ...ir.errors import BudgetError, CutError
+from ...ir.graph import Graph
+from ...ir.groups import Group, Groups, Size, find_groups
+from ...ir.verify import lint, prove_cut
+from ...runtime.layers.channel_mask import ChannelMask
+from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
+from ..budget import Budget
+from ..fuse.fold_masks import fold_masks
+from ..options import InvalidOptionError
+from .criteria import CRITERIA, score_classes
+from .selection import BoolArray, fill_up, keep_all_but, make_blocks, shortest_prefix
+
+SLACK = 0.02  # a budget is met when what remains is at most this share below it
+
+
+class PruneChannels(Pass):
+    """Remove channels and all that depends on them: rows, columns, norms, the other summands of a residual add.
+
+    Channels are ordered by a criterion (Li et al. 2017 for `l1`), least first; the shortest prefix of that order that
+    meets the ratio or the budget goes. The network with the channels removed is proven equal to the one in which they
+    are masked to zero where they are read; only then it replaces the graph.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    semantics: ClassVar[Semantics] = LOSSY
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of channels to remove (0 to 1): of every group (`uniform`), or of all together (`global`)."""
+    budget: Budget | None = None
+    """What may remain: `macs` and/or `params`, as a fraction or an amount; met within 2 %."""
+    scope: Literal["uniform", "global"] = "uniform"
+    """`uniform` shrinks all groups alike, `global` lets one threshold on normalised scores decide."""
+    criterion: str = "l1"
+    """What says how much a channel matters: `l1` or `l2` norm of its weights."""
+    round_to: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Widths become multiples of this many channels."""
+    floor: Annotated[int, Field(ge=1)] = 1
+    """No group keeps fewer channels than this."""
+    masks: Literal["given", "learned"] | None = None
+    """Remove the channels whose mask is zero, as `insert-masks` or `select-channels` set them, and fold the others."""
+    ignore: tuple[str, ...] = ()
+    """Layers, by name or glob pattern, whose output channels all stay."""
+    attention: Literal["width", "heads"] = "width"
+    """Cut attention by the width inside all heads alike, or by whole heads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneChannels:
+        given = [name for name in ("ratio", "budget", "masks") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidOptionError(
+                f"exactly one of 'ratio', 'budget' and 'masks' is needed; given: {given or 'none'}"
+            )
+        if self.criterion not in CRITERIA:
+            allowed = ", ".join(map(repr, CRITERIA))
+            raise InvalidOptionError(f"option 'criterion': given {self.criterion!r}, allowed: {allowed}")
+        unmet = [m for m in self.budget.metrics if m not in ("macs", "params")] if self.budget else []
+        if unmet:
+            raise InvalidOptionError(f"option 'budget': given {unmet[0]!r}, allowed: 'macs', 'params'")
+        return self
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Choose, cut, prove, commit."""
+        analysis = find_groups if self.attention == "width" else partial(find_groups, attention=self.attention)
+        groups = analysis(graph) if isinstance(analysis, partial) else graph.analyse(analysis)
+        eligible = [group for group in groups.groups if not self._ignored(group)]
+        kept, notes = self._choose(graph, groups, eligible, context)
+        cut = Cut(groups, np.flatnonzero(~kept))
+        candidate = cut.apply(self.name)
+        lint(candidate)
+        distance = prove_cut(cut, candidate) if context.verify else None
+        before, after = groups.cost(), groups.cost(kept)
+        graph.adopt(candidate)
+        if self.masks is not None:
+            folded, skips = fold_masks(graph, self.name)
+            notes.append(f"{folded} masks folded")
+        else:
+            skips = []
+        notes.insert(0, _describe(groups, kept, before, after))
+        skips += [Skip(group.name, "ignored by option") for group in groups.groups if group not in eligible]
+        return PassResult(notes, skips, distance, {"macs": after.macs, "params": after.params})
+
+    def _ignored(self, group: Group) -> bool:
+        layers = {slot.name.rpartition(".")[0] for slot in group.slots}
+        return any(fnmatchcase(layer, pattern) for layer in layers for pattern in self.ignore)
+
+    def _choose(
+        self, graph: Graph, groups: Groups, eligible: list[Group], context: Context
+    ) -> tuple[BoolArray, list[str]]:
+        """The classes that stay, shape (groups.count,), and notes for the report."""
+        if self.masks is not None:
+            return _masked(graph, groups), []
+        scores = score_classes(graph, groups, self.criterion)
+        uniform = self.scope == "uniform"
+        blocks = make_blocks(groups, eligible, scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
+        if self.budget is None:
+            assert self.ratio is not None
+            return _by_ratio(self.ratio, groups, eligible, blocks, uniform), []
+        original = measure_cost(context.original)
+        limits = {m: self.budget.limit(m, getattr(original, m)) for m in self.budget.metrics}
+        return _by_budget(groups, blocks, limits)
+
+
+def _by_ratio(ratio: float, groups: Groups, eligible: list[Group], blocks: list, uniform: bool) -> BoolArray:  # type: ignore[type-arg]
+    """Blocks up to a share of each group, or of all channels together."""
+    if uniform:
+        return keep_all_but([block for block in blocks if block.key <= ratio + 1e-9], groups.count)
+    target = ratio * sum(group.channels for group in eligible)
+    removed, chosen = 0, []
+    for block in blocks:
+        if removed + len(block.classes) > target + 1e-9:
+            break
+        removed += len(block.classes)
+        chosen.append(block)
+    return keep_all_but(chosen, groups.count)
+
+
+def _by_budget(groups: Groups, blocks: list, limits: dict[str, float]) -> tuple[BoolArray, list[str]]:  # type: ignore[type-arg]
+    """The shortest prefix of blocks within all limits, refined where its last block overshoots."""
+
+    def fits(kept: BoolArray) -> bool:
+        size = groups.cost(kept)
+        return all(getattr(size, metric) <= limit for metric, limit in limits.items())
+
+    def close(kept: BoolArray) -> bool:
+        """Not below any limit by more than the slack, or above some other limit that still has to be met."""
+        size = groups.cost(kept)
+        return any(getattr(size, metric) >= limit * (1 - SLACK) for metric, limit in limits.items())
+
+    count, kept = shortest_prefix(blocks, fits, groups.count)
+    if not fits(kept):
+        raise BudgetError(
+            _unmet(groups.cost(kept), groups.cost(), limits),
+            hint="Raise the budget, or lower floor, round_to or ignore.",
+        )
+    if count and not close(kept):
+        before = keep_all_but(blocks[: count - 1], groups.count)
+        finer = fill_up(blocks, count - 1, before, close, fits)
+        if finer is not None:
+            return finer, []
+        return kept, ["widths are too coarse to come closer to the budget"]
+    return kept, []
+
+
+def _unmet(least: Size, whole: Size, limits: dict[str, float]) -> str:
+    parts = [
+        f"{metric}: {limit:.4g} allowed, {getattr(least, metric):.4g} is the least that can be reached "
+        f"({getattr(least, metric) / getattr(whole, metric):.1%} of the present {getattr(whole, metric):.4g})"
+        for metric, limit in limits.items()
+        if getattr(least, metric) > limit
+    ]
+    return f"pass 'prune-channels' cannot meet its budget ({'; '.join(parts)})"
+
+
+def _masked(graph: Graph, groups: Groups) -> BoolArray:
+    """The classes whose mask is not zero; a group whose masks are all zero is an error."""
+    kept = np.ones(groups.count, dtype=bool)
+    found = False
+    for node in graph.nodes:
+        layer = graph.layer(node)
+        axis = groups.channels(node)
+        if isinstance(layer, ChannelMask):
+            found = True
+            if axis is not None:
+                kept[axis[1][layer.mask.detach().numpy() == 0]] = False
+    if not found:
+        raise CutError("pass 'prune-channels', option 'masks': the graph has no masks", hint="Run insert-masks first.")
+    kept[groups.locked] = True
+    return kept
+
+
+def _describe(groups: Groups, kept: BoolArray, before: Size, after: Size) -> str:
+    total = sum(group.channels for group in groups.groups)
+    gone = int((~kept).sum())
+    return (
+        f"{gone} of {total} channels in {len(groups.groups)} groups removed; "
+        f"MACs {after.macs / max(before.macs, 1):.3f}, parameters {after.params / max(before.params, 1):.3f} of before"
+    )

@@ -1,0 +1,110 @@
+"""Which channels go: blocks of channels in the order in which they matter least, and the shortest prefix in budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, gcd
+
+import numpy as np
+import numpy.typing as npt
+
+from ...ir.groups import Group, Groups
+from ...ir.labels import IntArray
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Classes of one group that go together; `key` orders all blocks, least first."""
+
+    group: int
+    classes: IntArray
+    key: float
+
+
+def make_blocks(
+    groups: Groups, eligible: Sequence[Group], scores: FloatArray, *, uniform: bool, round_to: int, floor: int
+) -> list[Block]:
+    """All blocks that may go, in the order in which they go.
+
+    The widths that a group may take are multiples of `round_to` (and its full width), never below `floor`. With
+    `uniform` a block's key is the share of the group that is gone with it, so that all groups shrink alike; otherwise
+    it is the largest mean score so far, so that one threshold runs through all groups.
+    """
+    blocks: list[Block] = []
+    for group in eligible:
+        order = group.classes[np.argsort(scores[group.classes], kind="stable")]
+        gone, key = 0, 0.0
+        for width in _widths(groups, group, round_to, floor):
+            classes = order[gone : len(order) - width]
+            gone = len(order) - width
+            key = gone / len(order) if uniform else max(key, float(scores[classes].mean()))
+            blocks.append(Block(group.index, classes, key))
+    return sorted(blocks, key=lambda block: block.key)
+
+
+def _widths(groups: Groups, group: Group, round_to: int, floor: int) -> range:
+    """Numbers of classes below the full one that a group may keep, falling."""
+    channels = max((_channels_per_class(groups, group, slot) for slot in group.slots), default=1)
+    step = round_to // gcd(round_to, channels)
+    least = max(step, ceil(max(1, floor) / channels / step) * step)
+    most = (group.channels - 1) // step * step
+    return range(most, least - 1, -step)
+
+
+def _channels_per_class(groups: Groups, group: Group, slot: object) -> int:
+    """Channels that one class of a group stands for in one of its slots (the heads of an attention, say)."""
+    vector = groups.vector(groups.labels.slots[slot])  # type: ignore[index]
+    return max(1, int(np.isin(vector, group.classes).sum()) // group.channels)
+
+
+def shortest_prefix(blocks: Sequence[Block], fits: Callable[[BoolArray], bool], count: int) -> tuple[int, BoolArray]:
+    """Least number of leading blocks whose removal fits, by bisection (fitting is monotone), and what is kept then.
+
+    Returns all blocks if even that does not fit; the caller asks `fits` once more.
+    """
+    low, high = 0, len(blocks)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(keep_all_but(blocks[:middle], count)):
+            high = middle
+        else:
+            low = middle + 1
+    return low, keep_all_but(blocks[:low], count)
+
+
+def keep_all_but(blocks: Sequence[Block], count: int) -> BoolArray:
+    """True for every class outside of `blocks`, shape (count,)."""
+    kept = np.ones(count, dtype=bool)
+    for block in blocks:
+        kept[block.classes] = False
+    return kept
+
+
+def fill_up(
+    blocks: Sequence[Block],
+    start: int,
+    kept: BoolArray,
+    allowed: Callable[[BoolArray], bool],
+    fits: Callable[[BoolArray], bool],
+) -> BoolArray | None:
+    """From the last prefix that does not fit, go on with blocks that do not overshoot, until it fits.
+
+    A group of which a block was passed over stays as it is. None if that leads nowhere: widths are too coarse.
+    """
+    closed: set[int] = set()
+    for block in blocks[start:]:
+        if block.group in closed:
+            continue
+        trial = kept.copy()
+        trial[block.classes] = False
+        if not allowed(trial):
+            closed.add(block.group)
+            continue
+        kept = trial
+        if fits(kept):
+            return kept
+    return None
