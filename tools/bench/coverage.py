@@ -6,7 +6,8 @@
     python -m fxpress.tools.bench.coverage --quick                  five small networks
 
 Every network runs in a process of its own on one thread; limits and seconds are CPU time. A file given by `--json` is
-the memory: what it holds is not measured again unless `--again` is given, so that a run can be stopped and continued.
+the memory: what it holds is not measured again unless `--again` or `--retry` is given, so that a run can be stopped
+and continued.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     wanted = names(tuple(options.patterns or (QUICK if options.quick else DEFAULT_PATTERNS)))
     sides = [options.only] if options.only else list(SIDES)
     records = load_records(options.json) if options.json else {}
-    tasks = [(name, side) for name in wanted for side in sides if options.again or side not in records.get(name, {})]
+    tasks = [(name, side) for name in wanted for side in sides if _missing(records.get(name, {}).get(side), options)]
     console.print(f"{len(wanted)} networks, {len(tasks)} runs to do")
     for (name, side), facts in run(tasks, options):
         records.setdefault(name, {})[side] = facts
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as a page")
     parser.add_argument("--only", choices=SIDES, help="measure one side")
     parser.add_argument("--again", action="store_true", help="measure what the file holds already")
+    parser.add_argument("--retry", action="store_true", help="measure again what was not cut")
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: the network's own)")
     parser.add_argument("--double", action="store_true", help="oracle in double precision for every network")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
@@ -79,6 +81,10 @@ def run(
     settings = {"size": options.size, "seed": options.seed, "limit": options.limit, "double": options.double}
     work = functools.partial(measure_task, **settings)
     yield from run_forked(work, tasks, jobs=options.jobs, patience=options.limit * PATIENCE)
+
+
+def _missing(facts: dict[str, Any] | None, options: argparse.Namespace) -> bool:
+    return facts is None or options.again or (options.retry and not facts.get("cut"))
 
 
 def _outcome(facts: dict[str, Any]) -> str:
