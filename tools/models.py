@@ -83,11 +83,18 @@ def _build(spec: str) -> Built:
         return _from_artifact(Path(spec))
     place, colon, rest = spec.rpartition(":")
     if not colon or not place or not rest:
-        raise ModelError(f"{spec!r} is not a model", hint=f"A model is {KINDS}")
+        raise ModelError(f"{spec!r} is not a model", hint=_known_as(spec) or f"A model is {KINDS}")
     name, options = parse_options(rest)
     if place in ("torchvision", "timm"):
         return (_from_torchvision if place == "torchvision" else _from_timm)(name, options)
     return _from_factory(place, name, options)
+
+
+def _known_as(name: str) -> str:
+    """A hint for a bare name that torchvision knows."""
+    from torchvision import models
+
+    return suggest(f"torchvision:{name}", (f"torchvision:{known}" for known in models.list_models() if known == name))
 
 
 def parse_options(text: str) -> tuple[str, Options]:
