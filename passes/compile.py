@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from ..ir.errors import OptionError
 from ..ir.graph import Graph
 from ..runtime.data import Data
-from .base import Context, Pass
+from .base import TRAINING, Context, Pass
 from .clone import clone_graph
 from .compiled import Compiled, load
 from .measuring import Measurements
@@ -66,8 +67,10 @@ def compile(  # noqa: A001 - the name of the contract
         raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")
     data = data or Data()
     _check_needs(pipeline, data)
+    console = make_console()
     started = time.perf_counter()
-    original, gap = open_model(model, example_inputs, verify=verify)
+    with console.status("trace"):
+        original, gap = open_model(model, example_inputs, verify=verify)
     seconds = time.perf_counter() - started
     context = Context(
         original=original,
@@ -75,7 +78,7 @@ def compile(  # noqa: A001 - the name of the contract
         teacher=_as_module(teacher) or original.module,
         seed=seed or pipeline.seed or 0,
         verify=verify,
-        console=make_console(),
+        console=console,
     )
     run = _Run(pipeline, context, None if workdir is None else Path(workdir))
     run.begin(gap, seconds, resume=resume)
@@ -89,7 +92,7 @@ class _Run:
         self.pipeline, self.context = pipeline, context
         self.measurements = Measurements(context.original, context.data)
         self.graph = clone_graph(context.original)
-        self.report = Report(environment=self.measurements.environment(context.seed))
+        self.report = Report([], self.measurements.environment(context.seed))
         self.workdir: Workdir | None = None
         if workdir is not None:
             self.workdir = Workdir(workdir, pipeline, fingerprint(context.original), context.seed)
@@ -120,7 +123,10 @@ class _Run:
             seed=pass_seed(self.context.seed, index, one.name),
             workdir=self.workdir.scratch(index) if self.workdir else None,
         )
-        result, seconds = run_pass(one, self.graph, context)
+        # a pass that trains shows a progress bar of its own
+        waiting = nullcontext() if one.semantics is TRAINING else context.console.status(one.name)
+        with waiting:
+            result, seconds = run_pass(one, self.graph, context)
         last = index == len(self.pipeline)
         self._add(self.measurements.row(one, self.graph, result, seconds, careful=last))
         if self.workdir:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,22 @@ def load(path: str | Path) -> Compiled:
         ArtifactError: the file is missing, truncated, corrupt, hostile or of a newer format.
     """
     loaded = artifact.load(path)
-    try:
-        pipeline = Pipeline.from_dict(loaded.pipeline) if loaded.pipeline else Pipeline()
-        report = Report.from_dict(loaded.report) if loaded.report else Report()
-    except OptionError as error:
-        raise ArtifactError(f"the pipeline in {path} is not valid: {error.what}", hint=error.hint) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"the report in {path} is not valid: {error!r}") from None
     loaded.graph.module.eval()
-    return Compiled(loaded.graph, pipeline, report)
+    return Compiled(loaded.graph, _read_pipeline(path, loaded.pipeline), _read_report(path, loaded.report))
+
+
+def _read_pipeline(path: str | Path, content: dict[str, Any] | None) -> Pipeline:
+    """The pipeline in the file; none where it has passes or options of another program: the network needs none."""
+    try:
+        return Pipeline.from_dict(content) if content else Pipeline()
+    except OptionError as error:
+        text = f"the pipeline in {path} is left out, the network is complete: {error.what}"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return Pipeline()
+
+
+def _read_report(path: str | Path, content: dict[str, Any] | None) -> Report:
+    try:
+        return Report.from_dict(content) if content else Report([])
+    except ValueError as error:
+        raise ArtifactError(f"the report in {path} is not valid: {' '.join(str(error).split())}") from None

@@ -16,6 +16,7 @@ from .base import Pass
 from .options import nearest
 from .registry import find_pass
 from .schema import pipeline_schema
+from .yaml_file import parse_yaml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -161,7 +162,7 @@ def _parse_file(path: Path) -> Any:
         raise OptionError(f"{path} is no pipeline file; allowed: .yaml, .yml or .toml")
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        return tomllib.loads(text) if path.suffix == ".toml" else parse_yaml(text)
     except FileNotFoundError:
         raise OptionError(f"there is no pipeline file {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -51,11 +52,6 @@ class Row:
     skips: list[Skip] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Row:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**content, "skips": [Skip(**skip) for skip in content.get("skips", [])]})
-
 
 @dataclass
 class Report:
@@ -66,7 +62,7 @@ class Report:
         environment: versions, processor, threads, and the seed.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
     environment: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Row:
@@ -86,8 +82,12 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Report:
-        """The inverse of `to_dict`."""
-        return cls([Row.from_dict(row) for row in content["rows"]], dict(content.get("environment", {})))
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: content of another form.
+        """
+        return TypeAdapter(cls).validate_python(content)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None, legacy_windows=False)
@@ -106,7 +106,7 @@ class Report:
         for title in shown:
             table.add_column(title, justify="left" if title == "pass" else "right", no_wrap=True)
         for index, cells in enumerate(zip(*shown.values(), strict=True)):
-            table.add_row(*cells, style="bold" if index == len(self.rows) - 1 else None)
+            table.add_row(*map(Text, cells), style="bold" if index == len(self.rows) - 1 else None)
         return table
 
     def _footer(self) -> list[Text]:

@@ -104,8 +104,8 @@ class Workdir:
         loaded = artifact.load(self._file(finished))
         try:
             report = Report.from_dict(loaded.report or {})
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"its report is damaged ({error!r})") from None
+        except ValueError as error:
+            raise ArtifactError(f"its report is damaged ({' '.join(str(error).split())})") from None
         if len(report.rows) != finished + 1:
             raise ArtifactError(f"its report has {len(report.rows)} rows instead of {finished + 1}")
         return Snapshot(finished, loaded.graph, report)

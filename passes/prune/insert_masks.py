@@ -44,7 +44,7 @@ class InsertMasks(Pass):
     """Layer name or glob pattern, such as `layer1.0.conv1`: one factor per output channel of the layer."""
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each group's channels that gets the factor 0; at least one channel stays."""
-    criterion: str = "l1"
+    criterion: Annotated[str, Field(json_schema_extra={"enum": list(CRITERIA)})] = "l1"
     """What says how much a channel matters: `l1` or `l2` norm of its weights."""
     ignore: tuple[str, ...] = ()
     """Layers, by name or glob pattern, whose channels get no mask."""
