@@ -22,9 +22,21 @@ from ..ir import dialect
 from ..ir.errors import GraphError
 from ..ir.graph import Graph, TensorSpec
 from .module_json import Record, decode_modules, describe, encode_modules, read_record
-from .value_json import JSON, FormatError, check_keyword, check_name, check_object, check_text, clean, decode, encode
+from .value_json import (
+    JSON,
+    FormatError,
+    check_keyword,
+    check_name,
+    check_object,
+    check_text,
+    clean,
+    count,
+    decode,
+    encode,
+)
 
-MAX_NODES = 100_000
+MAX_NODES = 20_000
+MAX_ARGUMENTS = 200_000  # values in the arguments of all nodes; Python's compiler takes some 700 bytes for each
 _SECTIONS = {"nodes": list, "signature": object, "modules": list, "tensors": dict, "examples": dict,
              "dynamic_batch": bool, "dropped": list, "history": list}  # fmt: skip
 INPUTS = "inputs/"  # names of example inputs; no path of a module has a slash
@@ -159,8 +171,7 @@ def decode_graph(document: JSON) -> Draft:
     for name in ("dropped", "history"):
         for text in document[name]:
             check_text(text, f"an entry of {name}")
-    if len(document["nodes"]) > MAX_NODES:
-        raise FormatError(f"the graph has more than {MAX_NODES} nodes")
+    _check_size(document["nodes"])
     tree = decode_modules(document["modules"], document["tensors"])
     records = tree.records | _decode_examples(document["examples"])
     graph = fx.Graph()
@@ -175,6 +186,14 @@ def decode_graph(document: JSON) -> Draft:
     except Exception as error:  # arguments of the right form, but a wrong number of them for an operator
         raise FormatError(f"the nodes do not make a program ({error})") from error
     return Draft(tree.root, document, records)
+
+
+def _check_size(nodes: list[JSON]) -> None:
+    arguments = sum(count(row.get("args")) + count(row.get("kwargs")) for row in nodes if isinstance(row, dict))
+    if len(nodes) > MAX_NODES or arguments > MAX_ARGUMENTS:
+        raise FormatError(
+            f"the graph has {len(nodes)} nodes with {arguments} arguments, more than {MAX_NODES} and {MAX_ARGUMENTS}"
+        )
 
 
 def _decode_examples(examples: JSON) -> dict[str, Record]:

@@ -25,7 +25,7 @@ import torch
 JSON = Any
 Resolve = Mapping[str, Callable[[str], Any]]
 
-MAX_VALUES = 2_000_000  # values in one JSON text: bounds the memory that parsing can take
+MAX_VALUES = 1_000_000  # values in one JSON text: bounds the memory that parsing can take
 MAX_DEPTH = 32  # nesting of one value
 _INT64 = range(-(2**63), 2**63)
 _TEXT = re.compile(r"[A-Za-z0-9_.,:;/+*=<>()\[\] -]{0,256}")  # no quote, backslash, brace, percent or line end
@@ -63,6 +63,13 @@ def parse(text: str, what: str) -> JSON:
         raise FormatError(f"{what} is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise FormatError(f"{what} is not valid JSON ({error})") from None
+
+
+def count(value: JSON) -> int:
+    """Number of values in a value."""
+    if isinstance(value, (list, dict)):
+        return 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+    return 1
 
 
 def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
