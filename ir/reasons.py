@@ -103,7 +103,8 @@ def _solve_without_pins(labels: Labels) -> IntArray:
     kept = (rows != 0) & (cols != 0)  # a union with 0 is a pin in other words, and would join all that is pinned
     ones = np.ones(int(kept.sum()), np.int8)
     links = csr_matrix((ones, (rows[kept], cols[kept])), shape=(labels.atoms, labels.atoms))
-    return csgraph.connected_components(links, directed=False)[1].astype(np.int64)
+    components: IntArray = csgraph.connected_components(links, directed=False)[1].astype(np.int64)
+    return components
 
 
 def _causes(groups: Groups, free: IntArray) -> Iterator[tuple[Reason, IntArray]]:

@@ -60,12 +60,14 @@ def read_state_dict(path: Path) -> StateDict:
 
 
 def _read(path: Path) -> Any:
+    """Whatever the file holds, as far as it can be read without running code."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            tensors: StateDict = load_file(path)
+            return tensors
         except SafetensorError as error:
             raise ModelError(f"{str(path)!r} is not a safetensors file: {error}") from error
     try:
