@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..ir.errors import OptionError
@@ -106,11 +107,26 @@ def latency_ratio(
         for index in range(rounds):
             for which in (0, 1) if index % 2 else (1, 0):
                 times[index, which] = _time_ms(modules[which], inputs, calls[which], clock)
-    low, ratio, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75))
-    quartiles = np.quantile(times, (0.25, 0.5, 0.75), axis=0)
-    spread, median = quartiles[2] - quartiles[0], quartiles[1]
-    numbers = map(float, (ratio, low, high, median[0], spread[0], median[1], spread[1]))
-    return Latency(*numbers, batch=images_in(inputs), rounds=rounds, threads=threads, clock=clock)
+    low, ratio, high = _quartiles(times[:, 0] / times[:, 1])
+    one, other = _quartiles(times[:, 0]), _quartiles(times[:, 1])
+    return Latency(
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        candidate_ms=one[1],
+        candidate_spread_ms=one[2] - one[0],
+        reference_ms=other[1],
+        reference_spread_ms=other[2] - other[0],
+        batch=images_in(inputs),
+        rounds=rounds,
+        threads=threads,
+        clock=clock,
+    )
+
+
+def _quartiles(values: NDArray[np.float64]) -> tuple[float, float, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)
 
 
 def _warm_up(module: nn.Module, inputs: Inputs, clock: Clock) -> float:

@@ -40,7 +40,7 @@ def checked_batches(loader: Loader, name: str, *, epoch: int = 0) -> Iterator[Ba
 
 def images_in(inputs: Inputs) -> int:
     """Size of dimension 0 of the first tensor of `inputs`."""
-    return next(iter(_tensors(inputs))).shape[0]
+    return len(next(iter(_tensors(inputs))))
 
 
 def check_targets(targets: Tensor, outputs: Tensor, where: str) -> None:

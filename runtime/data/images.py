@@ -126,6 +126,6 @@ def make_loader(
     )
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     """`ImageTensors` gives whole batches: there is nothing to collate."""
     return batch

@@ -6,7 +6,6 @@ import inspect
 import time
 from collections.abc import Sized
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -142,9 +141,8 @@ class _Run:
             loss, accuracy = self.one_epoch(epoch, bar)
             agree_on_buffers(self.accelerator, self.student)
             found = None if self.val is None else evaluate_shared(self.accelerator, self.student, self.val)
-            self.results.append(
-                EpochResult(loss, accuracy, found and found.loss, None if found is None else found.accuracy)
-            )
+            val = (None, None) if found is None else (found.loss, found.accuracy)
+            self.results.append(EpochResult(loss, accuracy, *val))
             self.good = _snapshot(self.student)
             score = float(epoch) if found is None or self.settings.keep == "last" else found.accuracy
             if best is None or score >= best[0]:
@@ -230,8 +228,9 @@ def _snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def _set_epoch(shared: Any, source: Any, epoch: int) -> None:
+def _set_epoch(shared: Loader, source: Loader, epoch: int) -> None:
     """Tell loader and sampler which epoch comes, if they want to know: then order depends on seed and epoch alone."""
     for one in (shared, getattr(source, "sampler", None)):
-        if hasattr(one, "set_epoch"):
-            one.set_epoch(epoch)
+        tell = getattr(one, "set_epoch", None)
+        if tell is not None:
+            tell(epoch)
