@@ -33,7 +33,7 @@ def score_classes(graph: Graph, groups: Groups, criterion: str) -> npt.NDArray[n
         weight = graph.tensor(slot.name).detach().to(torch.float32)
         scores = CRITERIA[criterion](weight.movedim(slot.dim, 0).flatten(1)).numpy().astype(np.float64)
         scores = scores / max(scores.mean(), np.finfo(np.float64).tiny)
-        classes = groups.vector(vector)
+        classes = np.broadcast_to(groups.vector(vector), scores.shape)  # one entry where all rows are of one class
         np.add.at(total, classes, scores)
         np.add.at(seen, classes, 1)
     return np.divide(total, seen, out=np.ones(groups.count), where=seen > 0)
