@@ -236,7 +236,7 @@ def _cast(memory: _Memory, node: fx.Node, like: fx.Node) -> fx.Node:
 
 def _fake_result(node: fx.Node) -> torch.Tensor:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[arg-type]
-    result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    result: torch.Tensor = node.target(*args, **kwargs)
     return result
 
 
@@ -246,7 +246,7 @@ def _functional(node: fx.Node) -> torch._ops.OpOverload:
     assert isinstance(op, torch._ops.OpOverload)
     packet = getattr(getattr(torch.ops, op.namespace), op._opname.removesuffix("_"), None)
     if op._opname.endswith("_") and isinstance(packet, torch._ops.OpOverloadPacket):
-        for name in packet.overloads():
+        for name in packet.overloads():  # type: ignore[no-untyped-call]
             overload: torch._ops.OpOverload = getattr(packet, name)
             if not overload._schema.is_mutable and _signature(overload) == _signature(op):
                 return overload
@@ -254,4 +254,6 @@ def _functional(node: fx.Node) -> torch._ops.OpOverload:
 
 
 def _signature(op: torch._ops.OpOverload) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    """Names and types of the arguments; the first, which is written to, may go by another name (`dropout_`)."""
+    first, *rest = op._schema.arguments
+    return [("self", str(first.type)), *((argument.name, str(argument.type)) for argument in rest)]
