@@ -73,6 +73,6 @@ def _is_full_slice(node: fx.Node) -> bool:
     start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
     if start not in (None, 0) or step != 1:
         return False
-    size = node.args[0].meta["val"].shape[given.get("dim", 0)]
+    size = node.all_input_nodes[0].meta["val"].shape[given.get("dim", 0)]
     whole = end is None or (isinstance(end, int) and end == 2**63 - 1)
     return whole or (isinstance(end, int) and isinstance(size, int) and end >= size)

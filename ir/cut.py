@@ -218,7 +218,10 @@ def fit_layer(layer: nn.Module, cut: Cut, node: fx.Node) -> None:
     elif isinstance(layer, nn.GroupNorm):
         size = layer.num_channels // layer.num_groups
         layer.num_channels = _kept_inputs(cut, node, layer.num_channels)
-        layer.num_groups = layer.num_channels // size
+        layer.num_groups = max(1, layer.num_channels // size)  # a single group that is refitted stays one
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        if node in cut.labels.refitted:
+            layer.normalized_shape = (_kept_inputs(cut, node, layer.normalized_shape[0]),)
     elif isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         layer.num_features = _kept_inputs(cut, node, layer.num_features)
     elif isinstance(layer, nn.PReLU):
@@ -437,7 +440,14 @@ def group_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     source = cut.axis(node.args[0])  # type: ignore[arg-type]
     if source is not None:
         size = len(source[1]) // int(node.args[1])  # type: ignore[arg-type]
-        new.update_arg(1, int(source[1].sum()) // size)
+        new.update_arg(1, max(1, int(source[1].sum()) // size))
+
+
+def layer_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """Functional layer or RMS norm over what stays."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    if source is not None and node in cut.labels.refitted:
+        new.update_arg(1, [int(source[1].sum())])
 
 
 def attention(cut: Cut, node: fx.Node, new: fx.Node) -> None:
@@ -480,5 +490,6 @@ REWRITES: dict[Any, Rewrite] = {
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), convolution),
     **dict.fromkeys((aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), convolution),
     aten.group_norm.default: group_norm,
+    **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), layer_norm),
     aten.scaled_dot_product_attention.default: attention,
 }

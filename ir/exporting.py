@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from . import explaining
 
 
+_OTHERS = (3, 7, 32)  # batch sizes for which a program must hold to be called dynamic
+
+
 @dataclass(frozen=True)
 class Exported:
     """A program, the inputs it was made with, and whether their batch may change."""
@@ -47,8 +50,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> E
 
 
 def is_dynamic(program: ExportedProgram) -> bool:
-    """Whether dimension 0 of an input of the program is symbolic."""
-    return _symbolic_batches(program) > 0
+    """Whether dimension 0 of an input of the program is symbolic, and may be of any size."""
+    return len(_batches(program)) > 0 and _any_batch(program)
 
 
 def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exported | None:
@@ -61,7 +64,9 @@ def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         program = _export(model, new_args, new_kwargs, shapes)
     except Exception:  # the static attempt that follows reports what is wrong
         return None
-    return Exported(program, new_args, new_kwargs, True) if _symbolic_batches(program) == count else None
+    if len(_batches(program)) == count and _any_batch(program):
+        return Exported(program, new_args, new_kwargs, True)
+    return None
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
@@ -89,11 +94,19 @@ def _nothing(record: logging.LogRecord) -> bool:  # noqa: ARG001 - the signature
     return False
 
 
-def _symbolic_batches(program: ExportedProgram) -> int:
-    """Number of inputs whose dimension 0 is symbolic."""
+def _batches(program: ExportedProgram) -> list[torch.SymInt]:
+    """Dimension 0 of the inputs where it is symbolic (the exporter may have found that it must be a certain number)."""
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    return sum(isinstance(v, Tensor) and v.dim() > 0 and isinstance(v.shape[0], torch.SymInt) for v in values)
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return [size for size in sizes if isinstance(size, torch.SymInt) and not size.node.expr.is_number]
+
+
+def _any_batch(program: ExportedProgram) -> bool:
+    """Whether what the model's code has asked about sizes (`if x.shape[0] < 5`) has the same answer for other batches."""
+    symbols = {size.node.expr for size in _batches(program)}
+    guards = [guard.expr for size in _batches(program)[:1] for guard in size.node.shape_env.guards]
+    return not any(guard.subs(dict.fromkeys(symbols, batch)) == False for guard in guards for batch in _OTHERS)  # noqa: E712 - sympy's own false
 
 
 def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any, ShapesCollection], int]:
@@ -104,7 +117,7 @@ def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     sizes = [t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()]
     batch = sizes[0] if sizes else 0
-    shapes, count = ShapesCollection(), 0
+    shapes, count = ShapesCollection(), 0  # type: ignore[no-untyped-call]
     for i, leaf in enumerate(leaves):
         if batch and isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch:
             # a size of one is a constant to the exporter; a tensor given twice must be two to be marked twice

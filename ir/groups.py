@@ -195,13 +195,14 @@ def batch_size(graph: Graph) -> int:
 # -- solving --------------------------------------------------------------------------------------------------
 
 
-def find_groups(graph: Graph, attention: str = "width") -> Groups:
+def find_groups(graph: Graph, attention: str = "width", norms: str = "keep") -> Groups:
     """Dependency groups of a graph.
 
     Args:
         attention: `width` cuts the width inside all heads alike, `heads` cuts whole heads.
+        norms: `keep` pins channels that a layer norm normalises; `refit` lets the norm run over those that are kept.
     """
-    labels = find_labels(graph, attention)
+    labels = find_labels(graph, attention, norms)
     _pin_conflicts(labels)
     class_of, count = _solve_rectangular(labels)
     groups = Groups(graph, labels, class_of, count, np.zeros(count, dtype=bool))

@@ -5,6 +5,7 @@ The nodes still carry the `val` of the export (fake tensors); `functional.py` re
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,8 @@ def _import_output(graph: fx.Graph, values: Values, program: ExportedProgram, no
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         raise explaining.own_tensor_refusal(next(iter(signature.buffers_to_mutate.values())), None)
-    results = node.args[0][len(node.args[0]) - len(signature.user_outputs) :]  # type: ignore[index, arg-type, operator]
-    graph.output(_mapped(tuple(results), values))
+    results: Any = node.args[0]
+    graph.output(_mapped(tuple(results[len(results) - len(signature.user_outputs) :]), values))
 
 
 def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: fx.Node) -> None:
@@ -74,8 +75,9 @@ def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: 
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         values[node] = _inline(graph, values, node)
         return
-    if getattr(node.target, "__name__", "") == "getitem" and not isinstance(values.get(node.args[0]), fx.Node):
-        values[node] = values[node.args[0]][node.args[1]]
+    source: Any = node.args[0] if node.args else None
+    if node.target is operator.getitem and not isinstance(values.get(source), fx.Node):
+        values[node] = values[source][node.args[1]]  # an output of an inlined region
         return
     fresh = graph.create_node(node.op, node.target, _mapped(node.args, values), _mapped(node.kwargs, values), node.name)
     fresh.meta = {"val": node.meta.get("val"), "path": provenance.module_path(node.meta)}
@@ -85,7 +87,8 @@ def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: 
 
 def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
     """Put the nodes of a `torch.no_grad()` or disabled autocast region in place of its call; its outputs."""
-    name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+    assert isinstance(node.target, torch._ops.HigherOrderOperator)
+    name = node.target.name()
     arguments = list(_mapped(node.args, values))
     position = next((i for i, a in enumerate(arguments) if isinstance(a, fx.GraphModule)), None)
     if position is None or not _neutral(name, arguments[:position]):

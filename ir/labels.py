@@ -64,16 +64,19 @@ class Labels:
         readers: activations that a node mixes over their channels, and which the oracle masks before that node.
         terms: multiply-accumulates as a function of what is kept.
         rescaled: mean-like reductions over labelled dimensions, whose result depends on how many are kept.
+        refitted: norms over labelled dimensions that shall take their statistics over what is kept.
     """
 
     graph: Graph
     attention: str
+    norms: str
     values: dict[fx.Node, Any] = field(default_factory=dict)
     slots: dict[Slot, Tensor] = field(default_factory=dict)
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     readers: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     rescaled: dict[fx.Node, Tensor] = field(default_factory=dict)
+    refitted: dict[fx.Node, Tensor] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
     atoms: int = 1
     left: list[IntArray] = field(default_factory=list)
@@ -275,15 +278,17 @@ def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
 _NEW = {getattr(torch.ops.aten, f"new_{kind}") for kind in ("zeros", "ones", "full", "empty")}
 
 
-def find_labels(graph: Graph, attention: str = "width") -> Labels:
+def find_labels(graph: Graph, attention: str = "width", norms: str = "keep") -> Labels:
     """Interpret a graph on labels.
 
     Args:
         attention: `width` cuts the width inside all heads alike, `heads` cuts whole heads.
+        norms: `keep` pins channels that a layer norm normalises, since its statistics would change; `refit` lets them
+            be cut, and the norm take its statistics over those that are kept.
     """
     from .rules import apply_rule
 
-    labels = Labels(graph, attention)
+    labels = Labels(graph, attention, norms)
     labels._constant = constant_nodes(graph.module.graph)
     for node in graph.module.graph.nodes:
         labels.node = node

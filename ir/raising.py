@@ -83,7 +83,7 @@ def _owners(run: _Raising, node: fx.Node, rule: Rule, a: Arguments) -> list[str]
         for path in candidates[0]
         if all(path in others for others in candidates) and not any(f"{path}.{role}" in run.read for role in lacking)
     ]
-    here = node.meta.get("path")
+    here = node.meta.get("path", "")
     running = run.origin(here)
     return sorted(owners, key=lambda path: path != here and (running is None or run.origin(path) is not running))
 

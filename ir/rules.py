@@ -379,7 +379,8 @@ def reduction(kind: str) -> Rule:
     """Rule for reductions over dimensions.
 
     A sum, and a p-norm, over cut channels loses only zeros; a mean is rescaled by the share that is kept; anything
-    else (a maximum, a variance) would change its result, so its channels are pinned.
+    else (a maximum, a variance) would change its result, so its channels are pinned. Of two labelled dimensions the
+    inner one is taken for the channels (the width of the heads), as in `groups.py`.
     """
 
     def rule(labels: Labels, node: fx.Node) -> Any:
@@ -388,15 +389,16 @@ def reduction(kind: str) -> Rule:
         moving = [d for d in dims if varies(x, d)]
         if moving:
             others = [d for d in varying(x) if d not in dims]
+            summed = kind != "other" and (not others or (max(moving) > max(others) and labels.attention == "width"))
             if kind == "other":
                 labels.pin(x, f"{node.target} over the channels would change its result")
-            elif others:
-                labels.tie(x, dims)
-            else:
+            elif summed:
                 labels.readers[node] = (node.args[0],)  # type: ignore[assignment]
                 if kind == "mean":
                     labels.rescaled[node] = x
-            if kind == "other" or not others:
+            else:
+                labels.tie(x, dims)
+            if kind == "other" or summed:
                 return _unlabelled(node.meta["spec"])
         for d in sorted(dims, reverse=True):
             x = x.narrow(d, 0, 1) if keep else x.select(d, 0)
@@ -451,13 +453,19 @@ def layer_norm_op(labels: Labels, node: fx.Node) -> Any:
     return normalized(labels, node, len(node.args[1]), [a for a in node.args[2:4] if isinstance(a, fx.Node)])  # type: ignore[arg-type]
 
 
-def normalized(labels: Labels, node: fx.Node, count: int, parameters: Sequence[fx.Node] = ()) -> Any:
-    """Layer or RMS norm over the last `count` dimensions: its statistics run over all channels, so none can go."""
-    x = labels.read(node.args[0])
+def normalized(labels: Labels, node: fx.Node, count: int, parameters: Sequence[fx.Node] = ()) -> Tensor:
+    """Layer or RMS norm over the last `count` dimensions: its statistics run over all channels.
+
+    So none can go, or (`norms="refit"`) the statistics are those of the channels that stay.
+    """
+    x: Tensor = labels.read(node.args[0])
     dims = range(x.dim() - count, x.dim())
     if any(varies(x, d) for d in dims):
-        labels.pin(x, "is normalised over its channels, whose statistics would change")
-        x = zeros(x.shape)
+        if labels.norms == "refit" and varying(x) == [x.dim() - 1]:
+            labels.refitted[node] = x
+        else:
+            labels.pin(x, "is normalised over its channels, whose statistics would change")
+            x = zeros(x.shape)
     for parameter in parameters:
         _adopt(labels, labels.representative(parameter), x)
     return x
@@ -476,6 +484,10 @@ def grouped_norm(labels: Labels, node: fx.Node, groups: int) -> tuple[Tensor, Te
     """Group norm: whole groups can go, their statistics are their own. Returns the channel vector and the labels."""
     x = labels.read(node.args[0])
     vector = mixing.channel_vector(labels, x, 1)
+    if groups == 1 and varying(vector) and labels.norms == "refit":
+        result = along(vector, 1, x.shape)
+        labels.refitted[node] = result
+        return vector, result
     if groups == 1 and varying(vector):
         labels.pin(vector, "is normalised over all its channels, whose statistics would change")
         return zeros(vector.shape), zeros(x.shape)
@@ -520,7 +532,12 @@ def group_norm_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> An
 
 def layer_norm_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
     """torch.nn.LayerNorm and RMSNorm."""
-    return normalized(labels, node, len(layer.normalized_shape))
+    x = normalized(labels, node, len(layer.normalized_shape))
+    if node in labels.refitted:
+        for name in ("weight", "bias"):
+            if getattr(layer, name, None) is not None:
+                labels.bind(f"{path}.{name}", 0, mixing.channel_vector(labels, x, x.dim() - 1))
+    return x
 
 
 def same_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:

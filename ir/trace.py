@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from . import cleaning, dialect, explaining, exporting, functional, importing, layer_rules, raising, specs
+from . import cleaning, composing, dialect, explaining, exporting, functional, importing, layer_rules, raising, specs
 from .errors import TraceError
 from .graph import Graph
 from .module_tree import Store, build_tree, check_finite
@@ -81,9 +81,13 @@ def _from_program(
     else:
         args, kwargs = _arguments(example_inputs, example_kwargs)
     check_finite(program.state_dict.items())
-    module, dropped = _build(program, {}.get, [f"arg_{i}" for i in range(len(args))])
+    module, dropped = _build(program, _no_origin, [f"arg_{i}" for i in range(len(args))])
     specs.complete(module.eval(), args, kwargs)
     return Graph(module, tuple(args), dict(kwargs), dynamic_batch=exporting.is_dynamic(program), dropped=dropped)
+
+
+def _no_origin(path: str) -> nn.Module | None:  # noqa: ARG001 - a program has forgotten the modules it was made of
+    return None
 
 
 # Inputs and model -----------------------------------------------------------------------------------------------------
@@ -158,6 +162,7 @@ def _build(
     graph = importing.import_program(program)
     functional.make_functional(graph)
     cleaning.clean(graph)
+    composing.compose(graph)
     layers = raising.raise_layers(graph, store, origin)
     cleaning.erase_dead(graph)
     _check_ops(graph)

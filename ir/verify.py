@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -233,9 +234,13 @@ class _Network(fx.Interpreter):
 
 
 class MaskedNetwork(_Network):
-    """The uncut network, whose dead channels read as zero wherever an operation mixes channels."""
+    """The uncut network, whose dead channels read as zero wherever an operation mixes channels.
 
-    def __init__(self, cut: Cut, module: fx.GraphModule | None = None) -> None:
+    With `refit`, norms whose channels are cut take their statistics over those that stay, as they will in the cut
+    network; without, over all, dead ones counting as zeros.
+    """
+
+    def __init__(self, cut: Cut, module: fx.GraphModule | None = None, *, refit: bool = True) -> None:
         super().__init__(module or cut.groups.graph.module)
         self._graph = cut.groups.graph
         names = {node.name: node for node in self.module.graph.nodes}
@@ -246,10 +251,25 @@ class MaskedNetwork(_Network):
             found = {names[s.name]: mask for s, mask in masks.items() if mask is not None}
             if found:
                 self._masks[names[node.name]] = found
+        self._refitted: dict[fx.Node, tuple[int, Tensor]] = {}
+        for node, value in labels.refitted.items() if refit else ():
+            mask = cut.mask(value)
+            if mask is not None:
+                dim = next(d for d, n in enumerate(mask.shape) if n > 1)
+                self._refitted[names[node.name]] = (dim, mask.flatten().nonzero().flatten())
 
     def run_example(self) -> Any:
         """Run on the example inputs."""
         return self.run_inputs(self._graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Value of a node; a refitted norm runs on the channels that stay, the others are zero."""
+        if n not in self._refitted:
+            return super().run_node(n)
+        dim, kept = self._refitted[n]
+        x = self.env[n.args[0]]  # type: ignore[index]
+        result = _norm_of_kept(self.module, n, x.index_select(dim, kept), kept, self.env)
+        return torch.zeros_like(x, dtype=result.dtype).index_copy(dim, kept, result)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Arguments of a node, with dead channels zero if the node mixes channels."""
@@ -260,6 +280,25 @@ class MaskedNetwork(_Network):
             return torch.where(masks[source], value, 0) if source in masks else value
 
         return fx.map_arg(args, load)
+
+
+def _norm_of_kept(module: nn.Module, node: fx.Node, x: Tensor, kept: Tensor, env: dict[fx.Node, Any]) -> Tensor:
+    """A layer, RMS or group norm on some of its channels."""
+    if node.op == "call_module":
+        layer: Any = module.get_submodule(str(node.target))
+        weight, bias, eps, kind = layer.weight, getattr(layer, "bias", None), layer.eps, type(layer).__name__
+    else:
+        given = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+        given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+        weight, bias = (env.get(given[n]) if isinstance(given.get(n), fx.Node) else None for n in ("weight", "bias"))  # type: ignore[arg-type]
+        eps = given["eps"]
+        kind = {"aten::rms_norm": "RMSNorm", "aten::group_norm": "GroupNorm"}.get(node.target._schema.name, "LayerNorm")  # type: ignore[union-attr]
+    weight, bias = (None if t is None else t.index_select(0, kept) for t in (weight, bias))
+    if kind == "RMSNorm":
+        return F.rms_norm(x, (len(kept),), weight, eps)
+    if kind == "GroupNorm":
+        return F.group_norm(x, 1, weight, bias, eps)
+    return F.layer_norm(x, (len(kept),), weight, bias, eps)
 
 
 def _first_difference(cut: Cut, candidate: Graph, limit: float) -> str:
