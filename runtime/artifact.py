@@ -1,9 +1,9 @@
 """The `.fxp` file: a graph, its weights, the pipeline that made it and the report, in one file without code.
 
-An `.fxp` file *is* a safetensors file (`tensor_file.py`): weights under their state-dict names, example inputs under
+An `.fxp` file *is* a safetensors file (`fxp/container.py`): weights under their state-dict names, example inputs under
 `inputs/N`, and in the metadata of its header the texts
 
-    format "fxpress", version "1", graph (JSON, see `graph_json.py`), pipeline and report (JSON or null),
+    format "fxpress", version "1", graph (JSON, see `fxp/graph.py`), pipeline and report (JSON or null),
     sha256 of these texts
 
 Why not a zip archive: its reader has a large surface (two directories that may disagree, compression, encryption, path
@@ -34,10 +34,11 @@ from ..ir.errors import ArtifactError, GraphError
 from ..ir.graph import Graph
 from . import layers as layers  # registers fxpress's own layers, which a file may name
 from .atomic import write_atomically
-from .graph_json import INPUTS, Draft, decode_graph, encode_graph
-from .module_json import Record
-from .tensor_file import Entry, Header, pack, read_header, read_tensor
-from .value_json import FormatError, clean, dump, pack_document, parse, unpack_document
+from .fxp.checks import FormatError, clean, dump, parse
+from .fxp.container import Entry, Header, pack, read_header, read_tensor
+from .fxp.documents import pack_document, unpack_document
+from .fxp.graph import INPUTS, Draft, decode_graph, encode_graph
+from .fxp.tensors import Record
 
 VERSION = "1"
 _TEXTS = ("graph", "pipeline", "report")

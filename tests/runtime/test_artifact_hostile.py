@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import operator
@@ -148,6 +149,14 @@ def test_the_good_file_loads(good: bytes, tmp_path: Path) -> None:
     assert [n.name for n in load(tmp_path / "m.fxp").graph.nodes] == [n.name for n in small_graph().nodes]
 
 
+@pytest.fixture(scope="module")
+def memory() -> Iterator[None]:
+    """What follows takes no more memory than a few loads do."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 << 10  # KiB
+
+
 # Code that a file would like to run -----------------------------------------------------------------------------------
 
 # what `torch.fx` would paste into the source of forward()
@@ -274,6 +283,7 @@ STRUCTURES: dict[str, Callable[[Document], object]] = {
     "operator of three": lambda d: d["nodes"][-2].update(target="operator.add", args=[1]),
     "input with a default that is a node": lambda d: d["nodes"][1].update(args=[{"node": "x"}, 1]),
     "control character": node("gelu", meta={"source": "\x1b[2J"}),
+    "channels": node("gelu", meta={"channels_before": -1}),
     "unknown meta": node("gelu", meta={"stack_trace": "x"}),
     "spec": node("gelu", meta={"spec": {"dtype": "float32", "shape": [-1]}}),
     "spec depth": node("gelu", meta={"spec": [[[[[[1]]]]]]}),
@@ -337,6 +347,16 @@ def test_tensor_tables(good: bytes, tmp_path: Path, change: Callable[[Document],
 def test_nothing_of_the_above_was_executed() -> None:
     """The payload of this file would have left its mark in the working directory."""
     assert not Path("executed").exists()
+
+
+@pytest.mark.usefixtures("memory")
+def test_much_code(good: bytes, tmp_path: Path) -> None:
+    """Python's compiler takes a hundred times the memory of a list in a file."""
+    message = refused(tmp_path / "m.fxp", with_graph(good, node("gelu", args=[[0] * 900_000])))
+    assert "900" in message
+    row = {"op": "call_function", "target": "aten.relu.default", "args": [{"node": "x"}], "kwargs": {}, "meta": {}}
+    chain = [{**row, "name": f"relu_{index}"} for index in range(40_000)]
+    refused(tmp_path / "m.fxp", with_graph(good, lambda document: document["nodes"].extend(chain)))
 
 
 # The container --------------------------------------------------------------------------------------------------------
@@ -430,14 +450,6 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 # Random damage --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[None]:
-    """What follows takes no more memory than a few loads do."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 200 << 10  # KiB
-
-
 def survives(folder: Path, good: bytes, data: bytes) -> None:
     """The damaged file is refused, or it still is the same graph."""
     path, again = folder / "damaged.fxp", folder / "again.fxp"
@@ -510,7 +522,7 @@ def test_signed_nonsense(good: bytes, folder: Path, data: st.DataObject) -> None
     document = json.loads(unpack(good)[0]["__metadata__"]["graph"])
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from([p for p in places(document) if p]))
-        put(*place, value=data.draw(ODD))(document)
+        put(*place, value=copy.deepcopy(data.draw(ODD)))(document)
     path = folder / "nonsense.fxp"
     path.write_bytes(with_graph(good, lambda d: (d.clear(), d.update(document))))
     started = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from .value_json import JSON, FormatError, check_object, dump, parse
+from .checks import JSON, FormatError, check_object, dump, parse
 
 MAX_HEADER_BYTES = 64 << 20
 DTYPES: dict[str, torch.dtype] = {

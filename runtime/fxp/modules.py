@@ -1,10 +1,8 @@
-"""The module tree of a graph as JSON: layers with their configuration, modes, and the table of tensors.
+"""The module tree of a graph as JSON: layers with their configuration, containers, modes and ties.
 
     "modules": [{"path": "", "training": true}, {"path": "conv1", "training": true, "type": "Conv2d", "config": {..}},
                 {"path": "head2", "same": "head1"}, ..]             parents before children, as in `named_modules`
-    "tensors": {"conv1.weight": {"kind": "parameter", "requires_grad": true, "dtype": "F32", "shape": [..],
-                                 "sha256": ".."}, "mask": {"kind": "buffer", "persistent": false, ..},
-                "head2.weight": {"kind": "parameter", "same": "head1.weight"}, ..}
+    "tensors": {"conv1.weight": {..}, ..}                           rows as in `tensors.py`
 
 A module that no node calls is a container: it only holds others. Decoding builds everything on the `meta` device and
 checks it; `Record.fill` puts the real tensors in.
@@ -15,45 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx, nn
 
-from ..ir import dialect
-from ..ir.errors import GraphError
-from .tensor_file import CODES, DTYPES, digest
-from .value_json import JSON, FormatError, check_object, check_path, decode, encode
-
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-_MAX_DIMS = 64
-
-
-@dataclass
-class Record:
-    """One stored tensor: what its data must be, and the places where the loaded object belongs."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    sha256: str
-    channels_last: bool = False
-    requires_grad: bool | None = None  # None: not a parameter
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    def meta(self) -> Tensor:
-        """A tensor of this shape and dtype that takes no memory."""
-        return self._finish(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-
-    def fill(self, tensor: Tensor) -> Tensor:
-        """Put the data in all places, tied ones get the same object; return that object."""
-        if self.channels_last:
-            tensor = tensor.contiguous(memory_format=_FORMATS[tensor.dim()])
-        final = self._finish(tensor)
-        for owner, leaf in self.places:
-            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = final  # type: ignore[assignment]
-        return final
-
-    def _finish(self, tensor: Tensor) -> Tensor:
-        return tensor if self.requires_grad is None else nn.Parameter(tensor, requires_grad=self.requires_grad)
-
+from ...ir import dialect
+from ...ir.errors import GraphError
+from .checks import JSON, FormatError, check_object, check_path
+from .tensors import Record, named_tensors, read_record, tensor_row
+from .values import decode, encode
 
 # To JSON --------------------------------------------------------------------------------------------------------------
 
@@ -83,8 +49,8 @@ def encode_modules(module: fx.GraphModule) -> tuple[list[JSON], dict[str, JSON],
             continue
         if child in called:
             layers[child] = path
-        for name, owner, leaf, tensor in _tensors(path, child, whole=child in called):
-            table[name] = _tensor_row(name, owner, leaf, tensor, names.get(id(tensor)))
+        for name, owner, leaf, tensor in named_tensors(path, child, whole=child in called):
+            table[name] = tensor_row(name, owner, leaf, tensor, names.get(id(tensor)))
             tensors |= {} if id(tensor) in names else {name: tensor}
             names.setdefault(id(tensor), name)
     return modules, table, tensors
@@ -99,50 +65,7 @@ def _module_row(path: str, module: nn.Module, is_layer: bool, same: str | None) 
     return row
 
 
-def _tensors(path: str, module: nn.Module, whole: bool) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Name, owner, leaf and value of the tensors of a layer (`whole`), or of those that a container itself holds."""
-    for inner, owner in module.named_modules() if whole else [("", module)]:
-        for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None:
-                yield ".".join(filter(None, (path, inner, leaf))), owner, leaf, tensor
-
-
-def _tensor_row(name: str, owner: nn.Module, leaf: str, tensor: Tensor, same: str | None) -> dict[str, JSON]:
-    row: dict[str, JSON] = {"kind": "buffer", "persistent": leaf not in owner._non_persistent_buffers_set}
-    if leaf in owner._parameters:
-        row = {"kind": "parameter", "requires_grad": tensor.requires_grad}
-    return row | ({"same": same} if same else describe(name, tensor))
-
-
-def describe(name: str, tensor: Tensor) -> dict[str, JSON]:
-    """What the data of a tensor must be: dtype, shape, checksum, and whether the channels come last in memory."""
-    if tensor.dtype not in CODES or tensor.is_meta or tensor.layout != torch.strided:
-        kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device})"
-        raise FormatError(f"{name} is a tensor of {kind}, which cannot be stored")
-    row: dict[str, JSON] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest(tensor)}
-    memory_format = _FORMATS.get(tensor.dim())
-    if memory_format and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
-        row["channels_last"] = True
-    return row
-
-
 # From JSON ------------------------------------------------------------------------------------------------------------
-
-
-def read_record(name: str, row: JSON, extra: dict[str, type] | None = None) -> Record:
-    """One row of a tensor table; the inverse of `describe`."""
-    fields = {"dtype": str, "shape": list, "sha256": str, **(extra or {})}
-    check_object(row, f"tensor {name[:200]!r}", fields, {"channels_last": bool})
-    dtype, shape = DTYPES.get(row["dtype"]), tuple(row["shape"])
-    channels_last = bool(row.get("channels_last"))
-    if dtype is None or len(shape) > _MAX_DIMS or not all(type(n) is int and n >= 0 for n in shape):
-        raise FormatError(f"tensor {name[:200]!r} has no valid dtype and shape")
-    if channels_last and len(shape) not in _FORMATS:
-        raise FormatError(f"tensor {name[:200]!r} of {len(shape)} dimensions cannot have its channels last")
-    requires_grad = row.get("requires_grad")
-    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
-        raise FormatError(f"tensor {name[:200]!r} of {dtype} cannot be trained")
-    return Record(dtype, shape, row["sha256"], channels_last, requires_grad)
 
 
 @dataclass
@@ -158,7 +81,7 @@ class Tree:
     def tensor_names(self) -> set[str]:
         """Names under which a node may read a parameter or buffer."""
         modules = {**self.containers, **self.layers, **self.tied}
-        return {n for p, m in modules.items() for n, *_ in _tensors(p, m, whole=p not in self.containers)}
+        return {n for p, m in modules.items() for n, *_ in named_tensors(p, m, whole=p not in self.containers)}
 
 
 def decode_modules(rows: list[JSON], table: dict[str, JSON]) -> Tree:
@@ -171,7 +94,7 @@ def decode_modules(rows: list[JSON], table: dict[str, JSON]) -> Tree:
     tree = Tree(fx.GraphModule(nn.Module(), fx.Graph()))
     for row in rows:
         _decode_module(row, tree)
-    missing = {name for path, layer in tree.layers.items() for name, *_ in _tensors(path, layer, whole=True)}
+    missing = {name for path, layer in tree.layers.items() for name, *_ in named_tensors(path, layer, whole=True)}
     for name, row in table.items():
         _decode_tensor(name, row, tree)
         missing.discard(name)
@@ -260,7 +183,7 @@ def _place(name: str, tree: Tree, record: Record, kind: str) -> tuple[nn.Module,
     layer = next((p for p in _prefixes(name) if p in tree.layers), None)
     if layer is None:
         raise FormatError(f"tensor {name[:200]!r} belongs to no module")
-    for found, owner, leaf, expected in _tensors(layer, tree.layers[layer], whole=True):
+    for found, owner, leaf, expected in named_tensors(layer, tree.layers[layer], whole=True):
         if found == name:
             if tuple(expected.shape) != record.shape or (leaf in owner._parameters) != (kind == "parameter"):
                 raise FormatError(f"{kind} {name!r} of {record.shape} does not fit its layer, {tuple(expected.shape)}")
