@@ -39,6 +39,7 @@ class App {
     const context = { mode: this.mode, totals: { unitMacs, groups: this.data.groups }, frames: new Set(this.drawing.containers.map((box) => `${box.column} ${box.block}`)) };
     put("frames", ...this.drawing.containers.slice().sort((a, b) => b.inner - a.inner).map(drawFrame));
     put("edges", ...drawEdges(this.drawing));
+    put("titles", ...this.drawing.containers.map(drawTitle));
     put("cards", ...this.graph.cards.map((card, index) => drawCard(card, this.drawing.items[index], context)));
     this.rowOf = new Map();
     for (const row of this.svg.querySelectorAll(".row")) {

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from ...ir.cost import Cost, measure_cost
 from ...ir.graph import Graph
 from ...ir.groups import Groups, find_groups
+from ...ir.labels import varying
 from ...ir.reasons import Locked, Reason, find_locked
 from ...passes.report import Report
 from .blocks import blocks_of
@@ -73,7 +74,7 @@ def _node(graph: Graph, node: fx.Node, groups: Groups, cost: Cost) -> JSON:
     sources = node.all_input_nodes if node.op == "output" else [node]
     specs = [spec for source in sources for spec in specs_of(source)]
     own = cost.per_node.get(node.name)
-    channels = _channels(groups, node)
+    channels = _channels(graph, groups, node)
     return {
         "name": node.name,
         "title": title,
@@ -93,15 +94,23 @@ def _node(graph: Graph, node: fx.Node, groups: Groups, cost: Cost) -> JSON:
     }
 
 
-def _channels(groups: Groups, node: fx.Node) -> int | None:
-    """Channels of a node's one tensor: along its labelled dimension, else along dimension 1."""
-    specs = specs_of(node)
+def _channels(graph: Graph, groups: Groups, node: fx.Node) -> int | None:
+    """Channels of a node's one tensor: along the dimension that has labels, else as its layer has them."""
+    specs, layer = specs_of(node), graph.layer(node)
     if len(specs) != 1 or node.op in ("get_attr", "output"):
         return None
-    axis, shape = groups.channels(node), specs[0].shape
-    if axis is not None:
-        return len(axis[1])
-    return shape[1] if len(shape) > 1 and specs[0].dtype.is_floating_point else None
+    shape = specs[0].shape
+    labels = groups.labels.constants.get(node, groups.labels.values.get(node))
+    dims = varying(labels) if isinstance(labels, Tensor) else []
+    if len(dims) == 1:
+        return shape[dims[0]]
+    if isinstance(layer, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+        return shape[-1]
+    is_image = len(shape) in (4, 5) and (layer is not None or node.op == "placeholder")
+    if is_image:
+        return shape[1]
+    same = [source for source in node.all_input_nodes if [s.shape for s in specs_of(source)] == [shape]]
+    return _channels(graph, groups, same[0]) if same else None
 
 
 def _groups(groups: Groups, locked: list[Locked], index: dict[str, int]) -> list[JSON]:
@@ -144,7 +153,7 @@ def _explain_ungrouped(graph: Graph, nodes: list[JSON], groups: list[JSON]) -> N
         if row["groups"] or row["kind"] in ("size", "param"):
             continue
         if node.op == "placeholder":
-            row["why"] = {"node": node.name, "op": "input", "source": "", "text": "This is an input of the network.",
+            row["why"] = {"node": node.name, "op": "input", "source": "", "text": "is an input of the network",
                           "hint": "What a layer reads from outside keeps its shape."}  # fmt: skip
             continue
         row["why"] = next(filter(None, (_known_reason(nodes[i], groups) for i in row["inputs"])), None)

@@ -27,7 +27,9 @@ function amount(value, unit = "") {
 
 function percent(share) {
   if (share > 0 && share < 0.001) return "< 0.1\u202f%";
-  return `${(share * 100).toFixed(share >= 0.1 || share === 0 ? 0 : 1)}\u202f%`;
+  const whole = share === 0 || share === 1 || (share >= 0.1 && share <= 0.99);
+  const shown = share < 1 ? Math.min(99.9, share * 100) : share * 100;
+  return `${shown.toFixed(whole ? 0 : 1)}\u202f%`;
 }
 
 const pen = document.createElement("canvas").getContext("2d");
@@ -62,7 +64,8 @@ const keptHue = (share) => Math.round(share >= 0.5 ? 40 + (share - 0.5) * 2 * 15
 function tintOf(unit, mode, totals) {
   if (mode === "kept") {
     const share = keptShare(unit);
-    return share === null ? null : [keptHue(share), share];
+    if (share !== null) return [keptHue(share), share];
+    return unit.nodes[0].shapes.length && unit.nodes[0].kind !== "output" ? [keptHue(1), 1] : null; // nothing that could go
   }
   if (mode === "macs") {
     const macs = unit.nodes.reduce((sum, node) => sum + node.macs, 0);
@@ -119,7 +122,13 @@ function channelText(node) {
 }
 
 /** A path without the part that the frame around it says already. */
-const within = (path, frame) => (frame && path.startsWith(`${frame}.`) ? path.slice(frame.length + 1) : path);
+function within(path, frame) {
+  if (!frame || !path.startsWith(`${frame}.`)) return path;
+  const parts = path.split(".");
+  let from = frame.split(".").length;
+  while (from > 0 && /^\d+$/.test(parts[from])) from--; // a number alone says nothing
+  return parts.slice(from).join(".");
+}
 
 function nodeLines(node, unit, frame) {
   const count = channelText(node);
@@ -127,7 +136,7 @@ function nodeLines(node, unit, frame) {
   const number = (y) => (count ? [label(count, INNER + 8, y, "count")] : []);
   if (unit.h === CARD.light) return [label(node.detail ? `${node.title} ${node.detail}` : node.title, 8, 16.5, "light", room), ...number(16.5)];
   const title = node.kind === "join" ? node.title : within(node.path, frame) || node.name;
-  const parts = ["join", "input", "output"].includes(node.kind) ? [] : [node.title, node.detail, node.macs ? `${amount(node.macs)} MACs` : ""];
+  const parts = ["join", "input", "output"].includes(node.kind) ? [] : [`${node.title} ${node.detail}`.trim(), node.macs ? `${amount(node.macs)} MACs` : ""];
   const note = parts.filter(Boolean).join(" · ") || shapesOf(node).join(", ");
   return [label(title, 8, 17, "name", room), ...number(17), label(note, 8, 33, "note")];
 }
@@ -140,7 +149,7 @@ function blockLines(unit, frame) {
     label(within(unit.block, frame), 8, 18, "name", INNER - 18),
     svg("text", { x: INNER - 2, y: 19, class: "toggle" }, "⊞"),
     label(share !== null && share < 1 ? `${ops} · ${percent(share)} of channels` : ops, 8, 36, "note"),
-    label(`${amount(sum("macs"))} MACs · ${amount(sum("params"))} param.`, 8, 52, "note"),
+    label(`${amount(sum("macs"))} MACs · ${amount(sum("params"))} params`, 8, 52, "note"),
   ];
 }
 
@@ -155,13 +164,12 @@ function describe(node) {
   return [node.path || node.name, node.layer || node.op, shapesOf(node).join(", "), channelText(node) && `${channelText(node)} channels`].filter(Boolean).join(" · ");
 }
 
-function drawFrame(box) {
-  const group = svg("g", {});
-  group.append(svg("rect", { class: box.inner % 2 ? "frame" : "frame odd", x: box.x, y: box.y, width: box.w, height: box.h, rx: 12 }));
+const drawFrame = (box) => svg("rect", { class: box.inner % 2 ? "frame" : "frame odd", x: box.x, y: box.y, width: box.w, height: box.h, rx: 12 });
+
+function drawTitle(box) {
   const title = svg("text", { class: "frame-title", x: box.x + 11, y: box.y + 15, role: "button", "data-close": box.block });
   title.append(`⊟ ${fitText(box.block, box.w - 40, FONT["frame-title"], "end")}`, svg("title", {}, `${box.block}: click to close`));
-  group.append(title);
-  return group;
+  return title;
 }
 
 /** One path for the trunk of a source with all its branches, and one for the arrow heads. */

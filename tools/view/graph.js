@@ -3,7 +3,7 @@
 const LIGHT = new Set(["norm", "act", "dropout", "pool", "shape", "other", "join"]);
 const AUXILIARY = new Set(["size", "param"]);
 const MAX_ROWS = 6;
-const CARD = { width: 196, heavy: 42, light: 24, block: 64, pad: 5 };
+const CARD = { width: 204, heavy: 42, light: 24, block: 64, pad: 5 };
 
 /** Cards and edges between them. `collapsed`: Set of block paths; sizes and bare parameters need `showSizes`. */
 function buildCards(nodes, collapsed, showSizes) {

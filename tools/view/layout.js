@@ -236,8 +236,9 @@ function foldColumns(ranks, aspect) {
   for (const columns of splitEvenly(tops, breaks, 12)) {
     const height = Math.max(...columns.map((c) => tops[c.last + 1] - tops[c.first]));
     const width = columns.reduce((sum, c) => sum + extent(ranks, c).width + GAP.column, 0);
-    const scale = Math.min(aspect / width, 1 / height);
-    if (best === null || scale > best.scale * 1.02) best = { scale, columns };
+    const inside = columns.reduce((sum, c) => sum + c.depth, 0);
+    const score = Math.min(aspect / width, 1 / height) * 0.94 ** inside; // whole blocks are worth a little size
+    if (best === null || score > best.score * 1.01) best = { score, columns };
   }
   best.columns.forEach((column, c) => {
     for (let r = column.first; r <= column.last; r++) for (const item of ranks[r]) item.column = c;
@@ -278,7 +279,7 @@ function columnsOf(tables, ends) {
   let end = ends.length - 1;
   for (let t = tables.length - 1; t >= 0; t--) {
     const from = tables[t][end].from;
-    columns.unshift({ first: from < 0 ? 0 : ends[from].rank + 1, last: ends[end].rank });
+    columns.unshift({ first: from < 0 ? 0 : ends[from].rank + 1, last: ends[end].rank, depth: ends[end].depth });
     end = from;
   }
   return columns;

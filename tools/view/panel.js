@@ -20,6 +20,9 @@ function facts(pairs) {
   return list;
 }
 
+/** A path that may be broken behind its dots, by spaces of no width. */
+const breakable = (path) => path.replaceAll(".", ".\u200b");
+
 const shapeText = (node) => shapesOf(node, " × ").map((shape, i) => `${shape}  ${node.dtypes[i]}`).join("\n");
 
 function nodeLinks(ids, app, limit = 40) {
@@ -45,11 +48,11 @@ function nodeLinks(ids, app, limit = 40) {
 }
 
 function reasonBox(reason, app) {
-  const text = reason.more ? `${reason.text} (and ${reason.more} more such places)` : reason.text;
+  const others = reason.more ? ` (and ${reason.more} more such places)` : "";
+  const text = `${breakable(reason.node)} ${reason.text}${others}`;
   const box = html("div", { class: "why" }, html("b", {}, "Cannot be cut: "), text);
   if (reason.hint) box.append(html("p", { class: "sub" }, reason.hint));
-  const pairs = [["operation", reason.op], ["at", reason.node]];
-  box.append(facts(pairs));
+  box.append(facts([["operation", reason.op]]));
   if (reason.source) box.append(html("code", { class: "code" }, reason.source));
   const node = app.data.nodes.find((other) => other.name === reason.node);
   if (node) box.append(nodeLinks([node.id], app));
@@ -69,7 +72,7 @@ function alike(reasons) {
 
 function groupSection(group, app, focused) {
   const section = html("section", {});
-  const title = html("h3", {}, `Group ${group.name}`);
+  const title = html("h3", {}, `Group ${breakable(group.name)}`);
   const status = group.cuttable ? html("span", { class: "ok" }, "can be cut") : "";
   section.append(title, facts([
     ["channels", String(group.channels)],
@@ -102,7 +105,7 @@ function renderNode(node, app) {
   const { totals } = app.data;
   panel.replaceChildren(
     back,
-    html("h2", {}, node.path || node.name),
+    html("h2", {}, breakable(node.path || node.name)),
     html("p", { class: "sub" }, node.path && node.path !== node.name ? `${node.op} · node ${node.name}` : node.op),
     node.layer ? html("code", { class: "code" }, node.layer) : "",
     html("h3", {}, "Shapes and cost"),
@@ -131,7 +134,7 @@ function groupTable(app) {
   const table = html("table", {}, html("thead", {}, html("tr", {}, html("th", {}, "group"), html("th", { class: "n" }, "channels"), html("th", { class: "n" }, "MACs"), html("th", {}, "cut"))));
   const body = html("tbody");
   for (const group of groups.slice().sort((a, b) => b.macs - a.macs)) {
-    const button = html("button", { type: "button", title: group.name }, fitText(group.name, 150, "12.5px", "end"));
+    const button = html("button", { type: "button" }, breakable(group.name));
     const row = html("tr", { "data-group": group.id },
       html("td", {}, button), html("td", { class: "n" }, String(group.channels)),
       html("td", { class: "n" }, percent(totals.macs ? group.macs / totals.macs : 0)),
