@@ -135,47 +135,48 @@ def run(graph: Graph) -> Any:
         return graph(*graph.example_args, **graph.example_kwargs)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_round_trip(name: str, tmp_path: Path) -> None:
-    graph = traced(name)
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Graph:
+    """Each network traced once, with a frozen parameter and a history."""
+    graph = traced(request.param)
+    next(iter(graph.module.parameters())).requires_grad_(False)
     graph.history.append("some-pass")
-    size = save(tmp_path / "m.fxp", graph, pipeline={"seed": 1}, report={"rows": [{"macs": 2.5}]})
+    return graph
+
+
+def test_round_trip(case: Graph, tmp_path: Path) -> None:
+    size = save(tmp_path / "m.fxp", case, pipeline={"seed": 1}, report={"rows": [{"macs": 2.5}]})
     loaded = load(tmp_path / "m.fxp")
     back = loaded.graph
     assert size == (tmp_path / "m.fxp").stat().st_size
     assert (loaded.pipeline, loaded.report) == ({"seed": 1}, {"rows": [{"macs": 2.5}]})
-    assert [n.format_node() for n in back.nodes] == [n.format_node() for n in graph.nodes]
-    assert [n.meta for n in back.nodes] == [n.meta for n in graph.nodes]
-    assert back.module.code == graph.module.code
-    assert same((back.example_args, back.example_kwargs), (graph.example_args, graph.example_kwargs))
-    assert (back.dynamic_batch, back.dropped, back.history) == (graph.dynamic_batch, graph.dropped, graph.history)
-    assert same(run(back), run(graph))
+    assert [n.format_node() for n in back.nodes] == [n.format_node() for n in case.nodes]
+    assert [n.meta for n in back.nodes] == [n.meta for n in case.nodes]
+    assert back.module.code == case.module.code
+    assert same((back.example_args, back.example_kwargs), (case.example_args, case.example_kwargs))
+    assert (back.dynamic_batch, back.dropped, back.history) == (case.dynamic_batch, case.dropped, case.history)
+    assert same(run(back), run(case))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tensors_keep_their_kind(name: str, tmp_path: Path) -> None:
-    graph = traced(name)
-    next(iter(graph.module.parameters())).requires_grad_(False)
-    save(tmp_path / "m.fxp", graph)
+def test_tensors_keep_their_kind(case: Graph, tmp_path: Path) -> None:
+    save(tmp_path / "m.fxp", case)
     back = load(tmp_path / "m.fxp").graph.module
     for kind in ("named_parameters", "named_buffers"):
-        old = dict(getattr(graph.module, kind)(remove_duplicate=False))
+        old = dict(getattr(case.module, kind)(remove_duplicate=False))
         new = dict(getattr(back, kind)(remove_duplicate=False))
         assert list(new) == list(old)
         for key, value in old.items():
             assert same(new[key], value)
             assert (type(new[key]), new[key].requires_grad) == (type(value), value.requires_grad)
-    assert list(back.state_dict()) == list(graph.module.state_dict())
+    assert list(back.state_dict()) == list(case.module.state_dict())
     assert [(p, m.training) for p, m in back.named_modules()] == [
-        (p, m.training) for p, m in graph.module.named_modules()
+        (p, m.training) for p, m in case.module.named_modules()
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_same_graph_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
-    graph = traced(name)
+def test_same_graph_gives_the_same_bytes(case: Graph, tmp_path: Path) -> None:
     for file in ("a.fxp", "b.fxp"):
-        save(tmp_path / file, graph, report={"b": 1, "a": float("nan")})
+        save(tmp_path / file, case, report={"b": 1, "a": float("nan")})
     loaded = load(tmp_path / "a.fxp")
     save(tmp_path / "c.fxp", loaded.graph, report=loaded.report)
     first = (tmp_path / "a.fxp").read_bytes()
