@@ -79,6 +79,7 @@ class Graph:
         return list(self.module.graph.nodes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
         return self.module(*args, **kwargs)
 
     def layer(self, node: fx.Node) -> nn.Module | None:
@@ -193,7 +194,7 @@ def _remove_empty(module: nn.Module, path: str, owners: set[str]) -> bool:
 
 
 def _copy_module(module: fx.GraphModule, *, compiled: bool = True) -> fx.GraphModule:
-    """Copy the graph and the module tree; tensors are shared. Without `compiled`, `recompile()` is left to the caller."""
+    """Copy nodes and module tree; tensors are shared. Without `compiled`, `recompile()` is left to the caller."""
     twin = fx.GraphModule(nn.Module(), fx.Graph())
     memo: dict[int, nn.Module] = {}
     for name, child in module._modules.items():
@@ -209,7 +210,7 @@ def _copy_module(module: fx.GraphModule, *, compiled: bool = True) -> fx.GraphMo
 
 
 def _copy_layer(layer: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """A layer with its own tables of tensors and sub-modules; the tensors themselves are shared, shared layers stay so."""
+    """A layer with its own tables of tensors and sub-modules; the tensors are shared, and shared layers stay so."""
     if id(layer) not in memo:
         twin = memo[id(layer)] = layer.__new__(type(layer))
         twin.__dict__.update(layer.__dict__)

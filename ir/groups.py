@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -285,7 +284,9 @@ def _gather(groups: Groups, free: IntArray, present: dict[int, IntArray]) -> Non
     _, first, inverse = np.unique(signature[free], return_index=True, return_inverse=True)
     owner = np.full(groups.count, -1, dtype=np.int64)
     owner[free] = np.argsort(np.argsort(first))[inverse]
-    owners = {key: [int(i) for i in _distinct(owner[classes] + 1, len(first) + 1) - 1] for key, classes in present.items()}
+    owners = {
+        key: [int(i) for i in _distinct(owner[classes] + 1, len(first) + 1) - 1] for key, classes in present.items()
+    }
     slots: list[list[Slot]] = [[] for _ in first]
     members: list[list[str]] = [[] for _ in first]
     for slot, vector in groups.labels.slots.items():

@@ -129,6 +129,14 @@ class Labels:
             return self.constant_value(node)
         return torch.empty(0, dtype=node.meta["spec"].dtype)
 
+    def unknown_operation(self, node: fx.Node) -> Any:
+        """An operation without a rule: what it reads is pinned; returns the labels of its result."""
+        self.unknown.append(node)
+        for source in node.all_input_nodes:
+            if isinstance(source.meta.get("spec"), TensorSpec):
+                self.pin(self.read(source), f"{node.target} has no label rule")
+        return unlabelled(node.meta["spec"])
+
     # -- atoms, unions, pins ----------------------------------------------------------------------------------
 
     def fresh(self, shape: Sequence[int], dim: int | None = None) -> Tensor:
@@ -156,9 +164,7 @@ class Labels:
             a, b = torch.broadcast_tensors(a, b)
         if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
             return
-        sizes = [
-            1 if sa == 0 and sb == 0 else n for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=True)
-        ]
+        sizes = [1 if sa == 0 and sb == 0 else n for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=True)]
         a = a.as_strided(sizes, a.stride(), a.storage_offset())
         b = b.as_strided(sizes, b.stride(), b.storage_offset())
         self.left.append(a.reshape(-1).numpy())
@@ -261,6 +267,25 @@ def compress(labels: Tensor) -> Tensor:
     return labels
 
 
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by its position or its name in the op's schema."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def restride(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Labels that do not change along the dimensions whose size differs, in the new shape."""
+    strides = [0 if n != m else s for n, m, s in zip(x.shape, shape, x.stride(), strict=True)]
+    return x.as_strided(tuple(shape), strides, x.storage_offset())
+
+
+def channel_vector(labels: Labels, x: Tensor, dim: int) -> Tensor:
+    """Labels along one dimension, shape (C,), united over all others."""
+    dim %= x.dim()
+    if any(d != dim for d in varying(x)):
+        x = labels.tie(x, [d for d in range(x.dim()) if d != dim])
+    return x.as_strided((x.shape[dim],), (x.stride(dim),), x.storage_offset())
+
+
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on parameters, buffers and literals alone; `x.new_zeros(3, 4)` takes only its type from x."""
     constant: set[fx.Node] = set()
@@ -293,16 +318,16 @@ def find_labels(graph: Graph, attention: str = "width", norms: str = "keep") -> 
     for node in graph.module.graph.nodes:
         labels.node = node
         if node.op == "placeholder":
-            labels.values[node] = _unlabelled(node.meta["spec"])
+            labels.values[node] = unlabelled(node.meta["spec"])
         elif node not in labels._constant:
             labels.values[node] = apply_rule(labels, node)
     return labels
 
 
-def _unlabelled(spec: Any) -> Any:
+def unlabelled(spec: Any) -> Any:
     """Labels of something that may not be cut: the shape of a spec, all pinned; a size stays an int."""
     if isinstance(spec, TensorSpec):
         return zeros(spec.shape)
     if isinstance(spec, (tuple, list)):
-        return tuple(_unlabelled(item) for item in spec)
+        return tuple(unlabelled(item) for item in spec)
     return spec

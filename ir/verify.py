@@ -80,7 +80,7 @@ def _lint_layer(node: fx.Node, layer: nn.Module) -> None:
 
 
 def _stated(layer: nn.Module, side: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Channels that a layer states for its input or output, and those of the shape; equal numbers where it states none."""
+    """Channels that a layer states for one side, and those of the shape; equal numbers where it states none."""
     if isinstance(layer, nn.modules.conv._ConvNd):
         rank = len(layer.kernel_size)
         return int(getattr(layer, f"{side}_channels")), shape[len(shape) - rank - 1]
@@ -203,6 +203,16 @@ def cut_distance(cut: Cut, candidate: Graph, dtype: torch.dtype | None = None) -
     plain = _Network(_converted(candidate.module, dtype))
     with evaluating(masked.module), evaluating(plain.module):
         return distance(masked.run_inputs(graph, dtype), plain.run_inputs(graph, dtype))
+
+
+def refit_distance(cut: Cut, candidate: Graph) -> float | None:
+    """What refitted norms change: distance of the cut network from the masked one whose norms count dead channels as
+    zeros; None where no norm lost a channel."""
+    strict = MaskedNetwork(cut, refit=False)
+    if not MaskedNetwork(cut)._refitted:
+        return None
+    with evaluating(strict.module), evaluating(candidate.module):
+        return distance(strict.run_example(), _Network(candidate.module).run_inputs(cut.groups.graph))
 
 
 def _convertible(graph: Graph) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -14,14 +13,14 @@ from ...ir.cut import Cut
 from ...ir.errors import BudgetError, CutError
 from ...ir.graph import Graph
 from ...ir.groups import Group, Groups, Size, find_groups
-from ...ir.verify import lint, prove_cut
+from ...ir.verify import lint, prove_cut, refit_distance
 from ...runtime.layers.channel_mask import ChannelMask
 from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
 from .criteria import CRITERIA, score_classes
-from .selection import BoolArray, fill_up, keep_all_but, make_blocks, shortest_prefix
+from .selection import Block, BoolArray, fill_up, keep_all_but, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
 
@@ -56,6 +55,9 @@ class PruneChannels(Pass):
     attention: Literal["width", "heads"] = "width"
     """Cut attention by the width inside all heads alike, or by whole heads."""
 
+    norms: Literal["keep", "refit"] = "keep"
+    """`keep` leaves channels that a layer norm normalises; `refit` cuts them: the norm runs over those that stay."""
+
     @model_validator(mode="after")
     def _check(self) -> PruneChannels:
         given = [name for name in ("ratio", "budget", "masks") if getattr(self, name) is not None]
@@ -73,8 +75,8 @@ class PruneChannels(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Choose, cut, prove, commit."""
-        analysis = find_groups if self.attention == "width" else partial(find_groups, attention=self.attention)
-        groups = analysis(graph) if isinstance(analysis, partial) else graph.analyse(analysis)
+        default = (self.attention, self.norms) == ("width", "keep")
+        groups = graph.analyse(find_groups) if default else find_groups(graph, self.attention, self.norms)
         eligible = [group for group in groups.groups if not self._ignored(group)]
         kept, notes = self._choose(graph, groups, eligible, context)
         cut = Cut(groups, np.flatnonzero(~kept))
@@ -89,6 +91,11 @@ class PruneChannels(Pass):
         else:
             skips = []
         notes.insert(0, _describe(groups, kept, before, after))
+        refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
+        if refitted is not None:
+            notes.append(
+                f"norms now take their statistics over fewer channels, which changes the output by {refitted:.1e}"
+            )
         skips += [Skip(group.name, "ignored by option") for group in groups.groups if group not in eligible]
         return PassResult(notes, skips, distance, {"macs": after.macs, "params": after.params})
 
@@ -113,7 +120,7 @@ class PruneChannels(Pass):
         return _by_budget(groups, blocks, limits)
 
 
-def _by_ratio(ratio: float, groups: Groups, eligible: list[Group], blocks: list, uniform: bool) -> BoolArray:  # type: ignore[type-arg]
+def _by_ratio(ratio: float, groups: Groups, eligible: list[Group], blocks: list[Block], uniform: bool) -> BoolArray:
     """Blocks up to a share of each group, or of all channels together."""
     if uniform:
         return keep_all_but([block for block in blocks if block.key <= ratio + 1e-9], groups.count)
@@ -127,7 +134,7 @@ def _by_ratio(ratio: float, groups: Groups, eligible: list[Group], blocks: list,
     return keep_all_but(chosen, groups.count)
 
 
-def _by_budget(groups: Groups, blocks: list, limits: dict[str, float]) -> tuple[BoolArray, list[str]]:  # type: ignore[type-arg]
+def _by_budget(groups: Groups, blocks: list[Block], limits: dict[str, float]) -> tuple[BoolArray, list[str]]:
     """The shortest prefix of blocks within all limits, refined where its last block overshoots."""
 
     def fits(kept: BoolArray) -> bool:

@@ -1,8 +1,4 @@
-"""Label rules of the operations that mix channels: convolution, linear, matmul, einsum and attention.
-
-A producer reads channels (its weight has a slot for them), and gives out fresh atoms (its weight has a slot for those
-too). A contraction between two activations unites the labels of the dimension that it sums over.
-"""
+"""Contractions: matmul, einsum and attention unite the labels of the dimensions that they sum over."""
 
 from __future__ import annotations
 
@@ -12,153 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import TensorSpec
-from .labels import Labels, Term, _unlabelled, along, collapse, shape_of, varies, varying, zeros
-
-
-def channel_vector(labels: Labels, x: Tensor, dim: int) -> Tensor:
-    """Labels along one dimension, shape (C,), united over all others."""
-    dim %= x.dim()
-    if any(d != dim for d in varying(x)):
-        x = labels.tie(x, [d for d in range(x.dim()) if d != dim])
-    return x.as_strided((x.shape[dim],), (x.stride(dim),), x.storage_offset())
-
-
-# -- producers ------------------------------------------------------------------------------------------------
-
-
-class Weight:
-    """The weight of a producer: a layer's own parameter, or a node whose value is constant."""
-
-    def __init__(self, labels: Labels, source: fx.Node | str) -> None:
-        self.labels = labels
-        self.name = source if isinstance(source, str) else constant_name(source)
-        self.shape = tuple(labels.graph.tensor(source).shape) if isinstance(source, str) else shape_of(source)
-
-    def bind(self, dim: int, vector: Tensor) -> None:
-        """Give dimension `dim` its labels."""
-        self.labels.bind(self.name, dim, vector)
-
-
-def constant_name(node: fx.Node) -> str:
-    """Slot name of a constant: its state-dict name, or `%node` for one that is computed."""
-    return str(node.target) if node.op == "get_attr" else f"%{node.name}"
-
-
-def _input(labels: Labels, source: fx.Node) -> Tensor:
-    """Labels of what a producer reads; a constant that is fed to a layer (a table of coordinates) is data: all pinned."""
-    if not labels.is_constant(source):
-        x: Tensor = labels.read(source)
-        return x
-    constant = labels.representative(source)
-    if constant in labels.constants:
-        labels.pin(labels.constants[constant], "is a constant that a layer reads as its input")
-    labels.constants[constant] = zeros(shape_of(source))
-    return labels.constants[constant]
-
-
-def convolution_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
-    """torch.nn.Conv1d ... ConvTranspose3d."""
-    bias = f"{path}.bias" if layer.bias is not None else None
-    return convolve(labels, node, Weight(labels, f"{path}.weight"), bias, layer.groups, layer.transposed)
-
-
-def convolution_op(labels: Labels, node: fx.Node) -> Any:
-    """A functional convolution, whose weight is a value of the graph."""
-    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
-    weight, bias = given["weight"], given.get("bias")
-    if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
-        return _dynamic(labels, node)
-    transposed = "transpose" in str(node.target) or bool(given.get("transposed", False))
-    name = constant_name(bias) if isinstance(bias, fx.Node) else None
-    groups = int(given.get("groups", 1))  # type: ignore[arg-type]
-    return convolve(labels, node, Weight(labels, weight), name, groups, transposed)  # type: ignore[arg-type]
-
-
-def _dynamic(labels: Labels, node: fx.Node) -> Any:
-    """A producer whose weight is computed from the input."""
-    for source in node.all_input_nodes:
-        if isinstance(source.meta.get("spec"), TensorSpec):
-            labels.pin(labels.read(source), "meets a weight that is computed from the input")
-    return _unlabelled(node.meta["spec"])
-
-
-def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, groups: int, transposed: bool) -> Any:
-    """Labels of a convolution's output; the weight's slots and the cost are noted.
-
-    Weights have shape (O, I/groups, *kernel), transposed ones (I, O/groups, *kernel). Depthwise convolutions pass
-    labels through; grouped ones tie position j of every group, for all groups must stay equally wide.
-    """
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    x, shape = _input(labels, source), shape_of(node)
-    rank = len(weight.shape) - 2
-    channel = len(shape) - rank - 1
-    read = channel_vector(labels, x, channel)
-    inputs, outputs = len(read), shape[channel]
-    kernel = prod(weight.shape[2:])
-    labels.readers[node] = (source,)
-    if groups == inputs and groups > 1:
-        written = read.repeat_interleave(outputs // inputs) if outputs != inputs else read
-        weight.bind(0, read if transposed else written)
-        macs = prod(x.shape if transposed else shape) * kernel * (weight.shape[1] if transposed else 1)
-        labels.terms.append(Term(node, macs, (written,)))
-    else:
-        if groups > 1:
-            read = labels.tie(read.view(groups, -1), [0]).reshape(-1)
-        fresh = labels.atoms_vector(outputs // groups)
-        written = fresh.repeat(groups) if groups > 1 else fresh
-        share = read[: inputs // groups] if groups > 1 else read
-        weight.bind(0, read if transposed else written)
-        weight.bind(1, fresh if transposed else share)
-        macs = prod(x.shape if transposed else shape) * kernel * weight.shape[1]
-        labels.terms.append(Term(node, macs, (fresh, share)))
-    if bias is not None:
-        labels.bind(bias, 0, written)
-    return along(written, channel, shape)
-
-
-def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
-    """torch.nn.Linear."""
-    bias = f"{path}.bias" if layer.bias is not None else None
-    return linear(labels, node, Weight(labels, f"{path}.weight"), bias)
-
-
-def linear_op(labels: Labels, node: fx.Node) -> Any:
-    """A functional linear, whose weight is a value of the graph."""
-    weight: Any = node.args[1]
-    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
-        return _dynamic(labels, node)
-    return linear(labels, node, Weight(labels, weight), constant_name(bias) if bias is not None else None)
-
-
-def linear(labels: Labels, node: fx.Node, weight: Weight, bias: str | None) -> Any:
-    """Labels of x W^T + b over the last dimension, weight (out, in).
-
-    Where the last dimension is not labelled but another is (mixing tokens, channels along another axis), the labels
-    pass and the weight stays as it is.
-    """
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    x, shape = _input(labels, source), shape_of(node)
-    labels.readers[node] = (source,)
-    last = x.dim() - 1
-    macs = prod(shape) * weight.shape[1]
-    if not varies(x, last) and varying(x):
-        passed = x.narrow(last, 0, 1).expand(shape)
-        labels.terms.append(Term(node, macs, (collapse(passed).reshape(-1),)))
-        return passed
-    read = channel_vector(labels, x, last)
-    fresh = labels.atoms_vector(shape[-1])
-    weight.bind(1, read)
-    weight.bind(0, fresh)
-    if bias is not None:
-        labels.bind(bias, 0, fresh)
-    labels.terms.append(Term(node, macs, (fresh, read)))
-    return along(fresh, last, shape)
-
-
-# -- contractions ---------------------------------------------------------------------------------------------
+from ..labels import Labels, Term, along, channel_vector, collapse, shape_of, varies, varying, zeros
+from .pointwise import adopt, align
+from .producers import Weight, data_input, dynamic
 
 
 def matmul(labels: Labels, node: fx.Node) -> Any:
@@ -180,7 +32,7 @@ def einsum(labels: Labels, node: fx.Node) -> Any:
     letters = inputs.split(",")
     simple = "." not in equation and "->" in equation and all(len(set(part)) == len(part) for part in letters)
     if len(operands) != 2 or not simple:
-        return _dynamic(labels, node)
+        return dynamic(labels, node)
     return contract(labels, node, (operands[0], letters[0]), (operands[1], letters[1]), result)
 
 
@@ -193,12 +45,10 @@ def attention(labels: Labels, node: fx.Node) -> Any:
     scores = contract(labels, node, (query, heads + "xk"), (key, heads + "yk"), heads + "xy", shape=scores_shape)  # type: ignore[arg-type]
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if isinstance(mask, fx.Node):
-        from .rules import _adopt, _align
-
         if labels.is_constant(mask):
-            _adopt(labels, labels.representative(mask), scores)
+            adopt(labels, labels.representative(mask), scores)
         else:
-            labels.unite(_align(labels.read(mask), scores.shape).expand(scores.shape), scores)
+            labels.unite(align(labels.read(mask), scores.shape).expand(scores.shape), scores)
     scores = labels.tie(scores, [rank - 1])
     return contract(labels, node, (scores, heads + "xk"), (value, heads + "ky"), heads + "xy")  # type: ignore[arg-type]
 
@@ -259,7 +109,7 @@ def _project(labels: Labels, node: fx.Node, a: tuple[fx.Node, str], weight: tupl
     The constant gives out fresh atoms along its own letter where nothing else of the result is labelled.
     """
     shape, (source, letters), (constant, own) = shape_of(node), a, weight
-    x = _input(labels, source)
+    x = data_input(labels, source)
     labels.readers[node] = (source,)
     slot = Weight(labels, constant)
     sizes = dict(zip(letters + own, x.shape + slot.shape, strict=True))
@@ -275,7 +125,7 @@ def _project(labels: Labels, node: fx.Node, a: tuple[fx.Node, str], weight: tupl
         return passed
     for letter in moving[:1]:
         slot.bind(own.index(letter), channel_vector(labels, x, letters.index(letter)))
-    for letter in moving[1:]:
+    if len(moving) > 1:
         labels.pin(x, "is contracted with a constant over several dimensions")
     free = [letter for letter in own if letter in result and letter not in letters]
     vectors = [labels.slots[s] for s in labels.slots if moving and s == (slot.name, own.index(moving[0]))]

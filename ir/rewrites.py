@@ -1,0 +1,348 @@
+"""What a cut changes in a node besides its tensors: sizes that layers state, and constants that ops hold.
+
+Each rule brings one node `new` of the new graph in line with what stays of the tensors of its original `node`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from .errors import CutError
+from .graph import TensorSpec
+from .labels import IntArray
+
+if TYPE_CHECKING:
+    from .cut import Cut
+
+aten = torch.ops.aten
+
+
+def fit_layer(layer: nn.Module, cut: Cut, node: fx.Node) -> None:
+    """Set the sizes that a layer states to those of its sliced tensors; one that is called twice is fitted twice."""
+    for types, fit in LAYERS.items():
+        if isinstance(layer, types):
+            fit(layer, cut, node)
+
+
+def _fit_convolution(layer: Any, cut: Cut, node: fx.Node) -> None:
+    if layer.groups > 1 and layer.groups == layer.in_channels:
+        layer.groups = _kept_inputs(cut, node, layer.in_channels)
+    first, second = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    layer.in_channels, layer.out_channels = (first, second) if layer.transposed else (second, first)
+
+
+def _fit_linear(layer: Any, _cut: Cut, _node: fx.Node) -> None:
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+def _fit_embedding(layer: Any, _cut: Cut, _node: fx.Node) -> None:
+    layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+
+
+def _fit_group_norm(layer: Any, cut: Cut, node: fx.Node) -> None:
+    size = layer.num_channels // layer.num_groups
+    layer.num_channels = _kept_inputs(cut, node, layer.num_channels)
+    layer.num_groups = max(1, layer.num_channels // size)  # a single group that is refitted stays one
+
+
+def _fit_layer_norm(layer: Any, cut: Cut, node: fx.Node) -> None:
+    if node in cut.labels.refitted:
+        layer.normalized_shape = (_kept_inputs(cut, node, layer.normalized_shape[0]),)
+
+
+def _fit_batch_norm(layer: Any, cut: Cut, node: fx.Node) -> None:
+    layer.num_features = _kept_inputs(cut, node, layer.num_features)
+
+
+def _fit_prelu(layer: Any, _cut: Cut, _node: fx.Node) -> None:
+    layer.num_parameters = layer.weight.shape[0]
+
+
+def _fit_mask(layer: Any, _cut: Cut, _node: fx.Node) -> None:
+    if hasattr(layer, "mask"):  # fxpress.runtime.layers.ChannelMask, which this package may not import
+        layer.channels = layer.mask.shape[0]
+
+
+LAYERS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
+    nn.modules.conv._ConvNd: _fit_convolution,
+    nn.Linear: _fit_linear,
+    nn.Embedding: _fit_embedding,
+    nn.GroupNorm: _fit_group_norm,
+    (nn.LayerNorm, nn.RMSNorm): _fit_layer_norm,
+    nn.modules.batchnorm._NormBase: _fit_batch_norm,
+    nn.PReLU: _fit_prelu,
+    nn.Module: _fit_mask,
+}
+
+
+def _kept_inputs(cut: Cut, node: fx.Node, count: int) -> int:
+    """Channels that stay of a node's first input; a layer that was already fitted (shared) gives the same again."""
+    found = cut.axis(node.args[0])  # type: ignore[arg-type]
+    return count if found is None else int(found[1].sum())
+
+
+def _argument(node: fx.Node, name: str) -> tuple[int | None, Any]:
+    """Position and value of a schema argument; position None where it is a keyword or left out."""
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == name:
+            if position < len(node.args):
+                return position, node.args[position]
+            return None, node.kwargs.get(name, argument.default_value)
+    return None, None
+
+
+def _set(node: fx.Node, name: str, value: Any) -> None:
+    position, _ = _argument(node, name)
+    if position is None:
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(position, value)
+
+
+def sizes(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """view, expand, zeros: the size along the cut dimension."""
+    found = cut.axis(node)
+    if found is None:
+        return
+    dim, stays = found
+    name = "shape" if _argument(node, "shape")[1] is not None else "size"
+    given = list(_argument(new, name)[1])
+    offset = len(node.meta["spec"].shape) - len(given)  # `repeat`-like ops may state more, never fewer
+    if given[dim - offset] != -1:
+        given[dim - offset] = _scaled(new, given[dim - offset], int(stays.sum()), len(stays))
+        _set(new, name, given)
+
+
+def _scaled(new: fx.Node, size: Any, kept: int, total: int) -> Any:
+    """A size times kept/total: a number, or arithmetic on a symbolic size."""
+    if not isinstance(size, fx.Node):
+        return int(size) * kept // total
+    graph = new.graph
+    value = int(size.meta["spec"])
+    with graph.inserting_before(new):
+        product = graph.call_function(operator.mul, (size, kept))
+        result = graph.call_function(operator.floordiv, (product, total))
+    product.meta["spec"], result.meta["spec"] = value * kept, value * kept // total
+    return result
+
+
+def unflatten(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """unflatten(x, dim, sizes): the one of the new dimensions that is cut."""
+    found = cut.axis(node)
+    if found is None:
+        return
+    dim, stays = found
+    given = list(_argument(new, "sizes")[1])
+    at = int(_argument(new, "dim")[1]) % len(node.args[0].meta["spec"].shape)  # type: ignore[union-attr]
+    if at <= dim < at + len(given) and given[dim - at] != -1:
+        given[dim - at] = _scaled(new, given[dim - at], int(stays.sum()), len(stays))
+        _set(new, "sizes", given)
+
+
+def split(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """split, chunk: explicit sizes of the pieces."""
+    pieces: Any = cut.labels.values[node]
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    dim = int(_argument(node, "dim")[1] or 0) % pieces[0].dim()
+    if source is None or source[0] != dim:
+        return
+    widths = []
+    for piece in pieces:
+        mask = cut.mask(piece)
+        widths.append(piece.shape[dim] if mask is None else int(mask.sum()))
+    new.target = aten.split_with_sizes.default
+    new.args, new.kwargs = (new.args[0], widths, dim), {}
+
+
+def slices(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """slice, narrow: where the piece begins and ends among what stays."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    rank = len(node.args[0].meta["spec"].shape)  # type: ignore[union-attr]
+    dim = int(_argument(node, "dim")[1] or 0) % rank
+    if source is None or source[0] != dim:
+        return
+    stays = source[1]
+    positions = np.arange(len(stays))[_window(node, len(stays))]
+    rank_of = np.cumsum(stays) - 1
+    wanted = rank_of[positions[stays[positions]]]
+    if len(wanted) and (np.diff(wanted) != 1).any():
+        _gathered(new, dim, wanted)
+        return
+    begin = int(wanted[0]) if len(wanted) else 0
+    if node.target is aten.narrow.default:
+        new.args = (new.args[0], dim, begin, len(wanted))
+    else:
+        new.target, new.kwargs = aten.slice.Tensor, {}
+        new.args = (new.args[0], dim, begin, begin + len(wanted), 1)
+
+
+def _window(node: fx.Node, length: int) -> slice:
+    """The positions that slice or narrow takes."""
+    if node.target is aten.narrow.default:
+        start = int(node.args[2]) % length  # type: ignore[arg-type]
+        return slice(start, start + int(node.args[3]))  # type: ignore[arg-type]
+    return slice(_argument(node, "start")[1], _argument(node, "end")[1], _argument(node, "step")[1] or 1)
+
+
+def _gathered(new: fx.Node, dim: int, wanted: IntArray) -> None:
+    """Positions that are no range any more are gathered by index."""
+    new.target, new.kwargs = aten.index_select.default, {}
+    new.args = (new.args[0], dim, _index_buffer(new, wanted))
+
+
+def _index_buffer(new: fx.Node, wanted: IntArray) -> fx.Node:
+    """A buffer of indices in front of a node."""
+    module: Any = new.graph.owning_module
+    name = f"{new.name}_index"
+    module.register_buffer(name, torch.from_numpy(np.ascontiguousarray(wanted)), persistent=False)
+    with new.graph.inserting_before(new):
+        constant = new.graph.get_attr(name)
+    constant.meta["spec"] = TensorSpec((len(wanted),), torch.int64)
+    return constant
+
+
+def slice_scatter(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """slice_scatter(x, src, dim, start, end): where the piece goes among what stays."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    dim = int(_argument(node, "dim")[1] or 0) % len(node.meta["spec"].shape)
+    if source is None or source[0] != dim:
+        return
+    stays = source[1]
+    start, end, step = slice(*(_argument(node, name)[1] for name in ("start", "end", "step"))).indices(len(stays))
+    if step != 1:
+        raise CutError(f"{node.name} writes every {step}th channel, which cannot be cut")
+    new.args = (*new.args[:2], dim, int(stays[:start].sum()), int(stays[:end].sum()), 1)
+    new.kwargs = {}
+
+
+def select(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """select(x, dim, index): the index among what stays."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    dim = int(node.args[1]) % len(node.args[0].meta["spec"].shape)  # type: ignore[arg-type, union-attr]
+    if source is not None and source[0] == dim:
+        position = int(node.args[2]) % len(source[1])  # type: ignore[arg-type]
+        new.update_arg(2, int(source[1][:position].sum()))
+
+
+def gather(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """index and index_select with constant indices along the cut dimension."""
+    source, result = cut.axis(node.args[0]), cut.axis(node)  # type: ignore[arg-type]
+    if source is None:
+        return
+    dim, stays = source
+    if node.target is aten.index_select.default:
+        indexed, indices = int(node.args[1]) % len(node.meta["spec"].shape), node.args[2]  # type: ignore[arg-type]
+    else:
+        listed: Any = node.args[1]
+        given = [d for d, i in enumerate(listed) if i is not None]
+        if dim not in given:
+            return
+        if len(given) > 1:
+            raise CutError(f"{node.name} gathers along several dimensions, one of which is cut")
+        indexed, indices = dim, listed[dim]
+    if indexed != dim:
+        return
+    old = cut.labels.constant_value(indices).numpy()
+    if old.ndim != 1:
+        raise CutError(f"{node.name} gathers channels with indices of shape {old.shape}", hint="ignore its group")
+    old = old % len(stays)
+    wanted = (np.cumsum(stays) - 1)[old[stays[old]]]
+    assert result is None or len(wanted) == int(result[1].sum())
+    _gathered(new, dim, wanted)
+
+
+def pad(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """Padding along channels: how many of the new channels stay on either side."""
+    found = cut.axis(node)
+    amounts = list(node.args[1])  # type: ignore[arg-type]
+    rank = len(node.meta["spec"].shape)
+    if found is None or 2 * (rank - 1 - found[0]) >= len(amounts):
+        return
+    dim, stays = found
+    at = 2 * (rank - 1 - dim)
+    before, after = amounts[at], amounts[at + 1]
+    if before > 0:
+        amounts[at] = int(stays[:before].sum())
+    if after > 0:
+        amounts[at + 1] = int(stays[len(stays) - after :].sum())
+    if min(before, after) < 0:
+        raise CutError(f"{node.name} crops channels by padding {before}, {after}", hint="ignore its group")
+    new.update_arg(1, amounts)
+
+
+def convolution(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """A functional depthwise convolution has as many groups as channels stay."""
+    count = _argument(node, "groups")[1]
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    if source is not None and count > 1 and count == len(source[1]):
+        _set(new, "groups", int(source[1].sum()))
+
+
+def group_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """Functional group norm: whole groups have gone."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    if source is not None:
+        size = len(source[1]) // int(node.args[1])  # type: ignore[arg-type]
+        new.update_arg(1, max(1, int(source[1].sum()) // size))
+
+
+def layer_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """Functional layer or RMS norm over what stays."""
+    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    if source is not None and node in cut.labels.refitted:
+        new.update_arg(1, [int(source[1].sum())])
+
+
+def attention(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """The default scale of attention, 1/sqrt(width), stays that of the original width."""
+    query = node.args[0]
+    source = cut.axis(query)  # type: ignore[arg-type]
+    width = query.meta["spec"].shape[-1]  # type: ignore[union-attr]
+    if source is not None and source[0] == len(query.meta["spec"].shape) - 1 and node.kwargs.get("scale") is None:  # type: ignore[union-attr]
+        new.update_kwarg("scale", float(width) ** -0.5)
+
+
+def rescale(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """A mean over cut channels counts the dead ones as zeros: it is multiplied by the share that stays."""
+    mask = cut.mask(cut.labels.rescaled[node])
+    if mask is None:
+        return
+    graph = new.graph
+    users = list(new.users)
+    with graph.inserting_after(new):
+        scaled = graph.call_function(aten.mul.Scalar, (new, float(mask.double().mean())))
+    scaled.meta = dict(new.meta)
+    for user in users:
+        user.replace_input_with(new, scaled)
+
+
+Rewrite = Callable[[Any, fx.Node, fx.Node], None]
+
+REWRITES: dict[Any, Rewrite] = {
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default), sizes),
+    **dict.fromkeys((aten.broadcast_to.default, aten.zeros.default, aten.ones.default, aten.full.default), sizes),
+    **dict.fromkeys(
+        (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.empty.memory_format), sizes
+    ),
+    aten.unflatten.int: unflatten,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes), split),
+    **dict.fromkeys((aten.slice.Tensor, aten.narrow.default), slices),
+    aten.slice_scatter.default: slice_scatter,
+    aten.select.int: select,
+    **dict.fromkeys((aten.index.Tensor, aten.index_select.default), gather),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), pad),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), convolution),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), convolution),
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), convolution
+    ),
+    aten.group_norm.default: group_norm,
+    **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), layer_norm),
+    aten.scaled_dot_product_attention.default: attention,
+}
