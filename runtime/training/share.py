@@ -22,7 +22,9 @@ from ..forward import to_device
 
 def make_accelerator() -> Accelerator:
     """The processes of this run; the precision is left to autocast, as accelerate fixes it once per process."""
-    return Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    # without being told that it is to use the CPU, accelerate would let each process of torchrun train on its own
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, dataloader_config=DataLoaderConfiguration(split_batches=True))
 
 
 def share_loader(accelerator: Accelerator, loader: Loader) -> Loader:

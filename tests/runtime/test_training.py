@@ -267,7 +267,7 @@ class TestTrain:
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from fxpress.runtime.data import Data
@@ -281,10 +281,12 @@ student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
 train_part = loader if sys.argv[2] == "loader" else list(loader)
 data = Data(train=train_part, val=[(inputs[:5], targets[:5])])
+seen = []
+student.register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])) if layer.training else None)
 result = train(student, data, settings=TrainSettings(epochs=2, lr=0.1, clip_norm=1.0))
-import os
 rank = os.environ.get("RANK", "0")
-torch.save({"state": student.state_dict(), "epochs": [vars(e) for e in result.epochs]}, f"{sys.argv[1]}/{rank}.pt")
+found = {"state": student.state_dict(), "epochs": [vars(e) for e in result.epochs], "seen": seen}
+torch.save(found, f"{sys.argv[1]}/{rank}.pt")
 """
 
 
@@ -304,6 +306,8 @@ def run_script(folder: Path, kind: str, processes: int) -> list[dict]:
 def test_two_processes_learn_what_one_learns(tmp_path, kind):
     (alone,) = run_script(tmp_path / "one", kind, 1)
     first, second = run_script(tmp_path / "two", kind, 2)
+    assert alone["seen"] == [8] * 8
+    assert first["seen"] == second["seen"] == [4] * 8  # the work was shared, not done twice
     for name, value in alone["state"].items():
         assert torch.equal(first["state"][name], second["state"][name])
         torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5)
