@@ -108,11 +108,12 @@ def _decode_module(row: JSON, tree: Tree) -> None:
     options = {"training": bool, "type": str, "config": dict, "same": str}
     path = check_object(row, "a module", {"path": str}, options)["path"]
     fields, first = set(row) - {"path"}, not tree.containers
-    if fields not in ({"same"}, {"training"}, {"training", "type", "config"}) or first != (path == ""):
+    allowed = [{"training"}] if first else [{"same"}, {"training"}, {"training", "type", "config"}]
+    if fields not in allowed or first != (path == ""):
         raise FormatError(f"module {path[:200]!r} is neither a container, nor a layer, nor tied to one")
     if first:
         tree.containers[""] = tree.root
-        tree.root.training = bool(row.get("training"))
+        tree.root.training = row["training"]
         return
     check_path(path)
     if "same" in row:

@@ -301,6 +301,8 @@ STRUCTURES: dict[str, Callable[[Document], object]] = {
     "no section": lambda d: d.pop("tensors"),
     "modules is a dict": put("modules", value={}),
     "no root": lambda d: d["modules"].pop(0),
+    "root is a layer": module(0, type="Dropout", config={}),
+    "root is tied": put("modules", 0, value={"path": "", "same": "block.conv"}),
     "mode": module(1, training="yes"),
     "tied to itself": lambda d: d["modules"].append({"path": "again", "same": "again"}),
     "tied to a container": lambda d: d["modules"].append({"path": "block.again", "same": "block"}),
