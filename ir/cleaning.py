@@ -67,7 +67,7 @@ def _same_type(node: fx.Node, source: fx.Node) -> bool:
 
 def _is_full_slice(node: fx.Node) -> bool:
     """Whether a slice (or a write to one) covers the whole dimension."""
-    offset = 1 if node.target._opname == "slice" else 2
+    offset = 1 if getattr(node.target, "_opname", "") == "slice" else 2
     names = ("dim", "start", "end", "step")
     given = {**dict(zip(names, node.args[offset:], strict=False)), **node.kwargs}
     start, end, step = given.get("start"), given.get("end"), given.get("step", 1)

@@ -213,7 +213,7 @@ def _overload(namespace: str, packet_name: str, overload_name: str) -> torch._op
     if not torch._C._jit_get_schemas_for_operator(f"{namespace}::{packet_name}"):
         return None
     packet = getattr(getattr(torch.ops, namespace), packet_name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or overload_name not in packet.overloads():
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or overload_name not in packet.overloads():  # type: ignore[no-untyped-call]
         return None
     op = getattr(packet, overload_name)
     return op if isinstance(op, torch._ops.OpOverload) else None

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 
 from . import explaining
 
-
 _OTHERS = (3, 7, 32)  # batch sizes for which a program must hold to be called dynamic
 
 
@@ -98,14 +97,15 @@ def _batches(program: ExportedProgram) -> list[torch.SymInt]:
     """Dimension 0 of the inputs where it is symbolic (the exporter may have found that it must be a certain number)."""
     names = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names]
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    sizes: list[Any] = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
     return [size for size in sizes if isinstance(size, torch.SymInt) and not size.node.expr.is_number]
 
 
 def _any_batch(program: ExportedProgram) -> bool:
-    """Whether what the model's code has asked about sizes (`if x.shape[0] < 5`) has the same answer for other batches."""
-    symbols = {size.node.expr for size in _batches(program)}
-    guards = [guard.expr for size in _batches(program)[:1] for guard in size.node.shape_env.guards]
+    """Whether all that was asked about sizes (`if x.shape[0] < 5`) has the same answer for other batches."""
+    nodes = [size.node for size in _batches(program)]
+    symbols = {node.expr for node in nodes}
+    guards = [guard.expr for node in nodes[:1] if node.shape_env is not None for guard in node.shape_env.guards]
     return not any(guard.subs(dict.fromkeys(symbols, batch)) == False for guard in guards for batch in _OTHERS)  # noqa: E712 - sympy's own false
 
 

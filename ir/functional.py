@@ -235,7 +235,8 @@ def _cast(memory: _Memory, node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _fake_result(node: fx.Node) -> torch.Tensor:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[arg-type]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     result: torch.Tensor = node.target(*args, **kwargs)
     return result
 

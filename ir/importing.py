@@ -88,7 +88,7 @@ def _import_node(graph: fx.Graph, values: Values, owner: torch.nn.Module, node: 
 def _inline(graph: fx.Graph, values: Values, node: fx.Node) -> Any:
     """Put the nodes of a `torch.no_grad()` or disabled autocast region in place of its call; its outputs."""
     assert isinstance(node.target, torch._ops.HigherOrderOperator)
-    name = node.target.name()
+    name = node.target.name()  # type: ignore[no-untyped-call]
     arguments = list(_mapped(node.args, values))
     position = next((i for i, a in enumerate(arguments) if isinstance(a, fx.GraphModule)), None)
     if position is None or not _neutral(name, arguments[:position]):

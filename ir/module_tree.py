@@ -48,7 +48,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
         ModelError: names the first tensor that does not.
     """
     for name, tensor in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
             raise ModelError(f"{name!r} has no values yet", hint="Initialise the model (run it once) before tracing.")
         if tensor.is_inference():
             raise ModelError(
