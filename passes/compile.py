@@ -34,13 +34,16 @@ def compile(  # noqa: A001 - the name of the contract
     example_inputs: Any,
     *,
     data: Data | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Graph | Compiled | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     verify: bool = True,
     seed: int = 0,
 ) -> Compiled:
     """Compile a network: trace it, run the passes in order, and report what each one did. The model is left untouched.
+
+    On a terminal a line per pass goes to standard error; the environment variable FXPRESS_PROGRESS=1 shows it
+    elsewhere too, FXPRESS_PROGRESS=0 nowhere.
 
     Args:
         model: an `nn.Module`, `fx.GraphModule`, `ExportedProgram`, `Graph`, or something already compiled.
@@ -114,6 +117,8 @@ class _Run:
         for index, one in enumerate(self.pipeline, start=1):
             if index > self.finished:
                 self._step(index, one)
+        if not self.pipeline.passes:
+            self.measurements.time(self.report.rows[0], self.report.rows[0], self.graph, careful=False)
         self.graph.module.eval()
         return Compiled(self.graph, self.pipeline, self.report)
 
@@ -127,8 +132,9 @@ class _Run:
         waiting = nullcontext() if one.semantics is TRAINING else context.console.status(one.name)
         with waiting:
             result, seconds = run_pass(one, self.graph, context)
-        last = index == len(self.pipeline)
-        self._add(self.measurements.row(one, self.graph, result, seconds, careful=last))
+        row = self.measurements.row(one, self.graph, result, seconds)
+        self.measurements.time(row, self.report.rows[0], self.graph, careful=index == len(self.pipeline))
+        self._add(row)
         if self.workdir:
             self.workdir.save(index, self.graph, self.report)
 
@@ -144,6 +150,5 @@ def _check_needs(pipeline: Pipeline, data: Data) -> None:
             data.need(part, who=one.title())
 
 
-def _as_module(teacher: Any) -> nn.Module | None:
-    """A teacher may also be a graph or a compiled network."""
+def _as_module(teacher: nn.Module | Graph | Compiled | None) -> nn.Module | None:
     return teacher.module if isinstance(teacher, (Graph, Compiled)) else teacher

@@ -18,7 +18,7 @@ from .base import Pass, PassResult
 from .batch import example_batch
 from .report import Row
 
-ROUGH, CAREFUL = 5, 21
+ROUGH, CAREFUL = 3, 21
 """Rounds of a latency measurement: behind each pass, and for the final network."""
 
 
@@ -41,11 +41,10 @@ class Measurements:
         notes = [f"not part of the network in evaluation mode: {dropped}"] if dropped else []
         row = Row("trace", "exact", distance=distance, seconds=seconds, notes=notes)
         self._fill(row, self.original)
-        row.latency_ratio = 1.0
         return row
 
-    def row(self, one: Pass, graph: Graph, result: PassResult, seconds: float, *, careful: bool) -> Row:
-        """The network behind one pass; `careful` where it is the last one."""
+    def row(self, one: Pass, graph: Graph, result: PassResult, seconds: float) -> Row:
+        """The network behind one pass."""
         row = Row(
             one.name,
             one.semantics.value,
@@ -56,7 +55,7 @@ class Measurements:
             skips=list(result.skips),
             metrics=dict(result.metrics),
         )
-        self._fill(row, graph, CAREFUL if careful else ROUGH)
+        self._fill(row, graph)
         return row
 
     def environment(self, seed: int) -> dict[str, Any]:
@@ -70,14 +69,21 @@ class Measurements:
             "seed": seed,
         }
 
-    def _fill(self, row: Row, graph: Graph, rounds: int = ROUGH) -> None:
+    def time(self, row: Row, first: Row, graph: Graph, *, careful: bool) -> None:
+        """Time the network of a row in turns with the original, whose row `first` gets its part of the result."""
+        if self.inputs is None:
+            return
+        first.latency_ratio = 1.0
+        latency = latency_ratio(graph, self.original, self.inputs, rounds=CAREFUL if careful else ROUGH)
+        first.latency_ms = latency.reference_ms
+        if row is not first:
+            row.latency_ms, row.latency_ratio = latency.candidate_ms, latency.ratio
+
+    def _fill(self, row: Row, graph: Graph) -> None:
         cost = measure_cost(graph)
         row.parameters, row.macs, row.size_bytes = cost.params, round(cost.macs), saved_bytes(graph)
         if self.validation is not None:
             row.accuracy = accuracy(graph, self.validation)
-        if self.inputs is not None:
-            latency = latency_ratio(graph, self.original, self.inputs, rounds=rounds)
-            row.latency_ms, row.latency_ratio = latency.candidate_ms, latency.ratio
 
 
 def saved_bytes(graph: Graph) -> int:

@@ -233,7 +233,7 @@ def test_a_teacher_of_its_own() -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     one = compile(network(), passes, X, data=DATA, teacher=teacher)
     two = compile(network(), passes, X, data=DATA)
-    three = compile(network(), passes, X, data=DATA, teacher=compile(teacher, [], X))  # type: ignore[arg-type]
+    three = compile(network(), passes, X, data=DATA, teacher=compile(teacher, [], X))
     assert not same(state(one), state(two))
     assert torch.allclose(state(one)["fc.bias"], state(three)["fc.bias"], atol=1e-4)
     assert same(before, dict(teacher.state_dict()))
