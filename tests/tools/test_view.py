@@ -132,6 +132,7 @@ def test_an_uncut_network_keeps_all_and_a_cut_one_says_how_many(graph: Graph, tm
     assert (rows["layer2.0"]["channels"], rows["layer2.0"]["before"]) == (8, 16)
     assert (rows["fc"]["channels"], rows["fc"]["before"]) == (5, 5)
     assert 0.5 <= cut["totals"]["kept"] < 0.6
+    assert cut["original"] == {"params": data["totals"]["params"], "macs": data["totals"]["macs"]}
     assert [row[0] for row in cut["report"]["rows"]] == ["trace", "prune-channels"]
     assert all(len(row) == len(cut["report"]["columns"]) for row in cut["report"]["rows"])
 

@@ -43,6 +43,7 @@ def page_data(graph: Graph, name: str, report: Report | None = None) -> JSON:
         "nodes": nodes,
         "groups": group_rows,
         "report": _report(report) if report is not None and report.rows else None,
+        "original": _original(report) if report is not None and report.rows else None,
         "batch": _batch(graph),
     }
 
@@ -178,6 +179,11 @@ def _report(report: Report) -> JSON:
         for row in report.rows
     ]
     return {"columns": ["pass", "MACs", "params", "accuracy", "latency"], "rows": rows}
+
+
+def _original(report: Report) -> JSON:
+    """Parameters and MACs of the network as it was traced."""
+    return {"params": report.rows[0].parameters, "macs": report.rows[0].macs}
 
 
 def _batch(graph: Graph) -> int | None:

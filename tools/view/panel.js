@@ -2,15 +2,16 @@
 
 function renderSummary(data) {
   const list = document.getElementById("summary");
-  const { totals } = data;
+  const { totals, original } = data;
+  const share = (key) => (original?.[key] > totals[key] ? `${percent(totals[key] / original[key])} of ${amount(original[key])}` : "");
   const facts = [
-    ["parameters", amount(totals.params)],
-    ["MACs per image", amount(totals.macs)],
+    ["parameters", amount(totals.params), share("params")],
+    ["MACs per image", amount(totals.macs), share("macs")],
     ["size", amount(totals.bytes, "B")],
     ["MACs that can be cut", percent(totals.cuttable_macs)],
   ];
   if (totals.kept !== null && totals.kept < 1) facts.push(["channels kept", percent(totals.kept)]);
-  list.replaceChildren(...facts.map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, value))));
+  list.replaceChildren(...facts.map(([name, value, note]) => html("div", {}, html("dt", {}, name), html("dd", {}, value, html("small", {}, note ? ` ${note}` : "")))));
   document.getElementById("name").textContent = data.name;
 }
 
