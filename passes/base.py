@@ -75,6 +75,7 @@ class Context:
         original: the network as traced, before any pass; never edited. The reference for budgets and distances.
         data: training, validation and calibration batches, if the caller gave some.
         teacher: the network to learn from; the original's module where the caller gave none.
+        inputs: the example inputs as the caller gave them, or None where the network brought its own.
         seed: seed of this pass; python, numpy and torch are seeded with it before `run`.
         verify: whether structural passes must prove themselves before they commit.
         console: where progress is shown; quiet when not on a terminal.
@@ -84,6 +85,7 @@ class Context:
     original: Graph
     data: Data = field(default_factory=Data)
     teacher: nn.Module | None = None
+    inputs: Any = None
     seed: int = 0
     verify: bool = True
     console: Console = field(default_factory=lambda: Console(quiet=True))

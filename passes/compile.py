@@ -79,6 +79,7 @@ def compile(  # noqa: A001 - the name of the contract
         original=original,
         data=data,
         teacher=_as_module(teacher) or original.module,
+        inputs=example_inputs,
         seed=seed or pipeline.seed or 0,
         verify=verify,
         console=console,
@@ -93,7 +94,7 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, context: Context, workdir: Path | None) -> None:
         self.pipeline, self.context = pipeline, context
-        self.measurements = Measurements(context.original, context.data)
+        self.measurements = Measurements(context)
         self.graph = clone_graph(context.original)
         self.report = Report([], self.measurements.environment(context.seed))
         self.workdir: Workdir | None = None

@@ -12,9 +12,9 @@ import torch
 from ..ir.cost import measure_cost
 from ..ir.graph import Graph
 from ..runtime import artifact
-from ..runtime.data import Data
+from ..runtime.data import images_in
 from ..runtime.measure import accuracy, latency_ratio
-from .base import Pass, PassResult
+from .base import Context, Pass, PassResult
 from .batch import example_batch
 from .report import Row
 
@@ -26,14 +26,14 @@ class Measurements:
     """Measures a network on its way against the original.
 
     Args:
-        original: the network as traced; latency is measured interleaved with it.
-        data: accuracy is measured where `data.val` is given.
+        context: with the original, with which latency is measured in turns; accuracy is measured where there are
+            validation data.
     """
 
-    def __init__(self, original: Graph, data: Data) -> None:
-        self.original = original
-        self.validation = data.val
-        self.inputs = example_batch(original)
+    def __init__(self, context: Context) -> None:
+        self.original = context.original
+        self.validation = context.data.val
+        self.inputs = example_batch(context.original, context.inputs)
 
     def first_row(self, distance: float | None, seconds: float) -> Row:
         """The network as traced."""
@@ -60,12 +60,11 @@ class Measurements:
 
     def environment(self, seed: int) -> dict[str, Any]:
         """What the numbers were measured on."""
-        inputs = ", ".join(str(tuple(one.shape)) for one in self.original.example_args if isinstance(one, torch.Tensor))
+        images = "not measured" if self.inputs is None else images_in(self.inputs)
         return {
             "torch": torch.__version__,
             "machine": platform.machine(),
-            "latency threads": 1,
-            "inputs": inputs,
+            "latency": f"batch {images}, 1 thread",
             "seed": seed,
         }
 

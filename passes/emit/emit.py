@@ -8,6 +8,7 @@ from torch import nn
 
 from ...ir.graph import Graph
 from ..base import EXACT, Context, Pass, PassResult, Semantics
+from ..batch import example_batch
 from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
 from .layout import Choice, choose_layout, set_channels_last
@@ -44,13 +45,13 @@ class Emit(Pass):
         dropouts = remove_dropout(graph, self.name)
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
-        choice = self._lay_out(graph)
+        choice = self._lay_out(graph, context)
         result.notes += [f"engine torch, {choice.reason}"]
         result.metrics |= {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
         return result
 
-    def _lay_out(self, graph: Graph) -> Choice:
-        choice = choose_layout(graph, self.layout)
+    def _lay_out(self, graph: Graph, context: Context) -> Choice:
+        choice = choose_layout(graph, self.layout, example_batch(graph, context.inputs))
         if choice.layout == "channels-last":
             set_channels_last(graph, self.name)
         graph.module.eval()

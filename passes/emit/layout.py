@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...ir.graph import Graph
+from ...runtime.data import Inputs
 from ...runtime.measure import latency_ratio
-from ..batch import example_batch
 
 Layout = Literal["contiguous", "channels-last"]
 
@@ -34,13 +34,12 @@ class Choice:
     ratio: float | None = None
 
 
-def choose_layout(graph: Graph, wish: Literal["auto", "contiguous", "channels-last"]) -> Choice:
-    """The wish, or for `auto` what is faster on the example inputs."""
+def choose_layout(graph: Graph, wish: Literal["auto", "contiguous", "channels-last"], batch: Inputs | None) -> Choice:
+    """The wish, or for `auto` what is faster on the batch; not measured where there is none."""
     if wish != "auto":
         return Choice(wish, f"{wish} as asked for")
     if not any(tensor.dim() == 4 for tensor in graph.module.parameters()):
         return Choice("contiguous", "contiguous: no weight has an image layout")
-    batch = example_batch(graph)
     if batch is None:
         return Choice("contiguous", "contiguous: not measured, the inputs mix positional and keyword ones")
     candidate = graph.copy()
