@@ -240,14 +240,16 @@ def _solve_rectangular(labels: Labels) -> tuple[IntArray, int]:
     crossed = {(t.data_ptr(), t.shape, t.stride()): (n, t) for n, t in tensors(labels) if len(varying(t)) > 1}
     while True:
         class_of, count = labels.solve()
-        size = len(labels.left)
+        touched = np.zeros(count, dtype=bool)
         for node, value in crossed.values():
             grid = class_of[collapse(value).numpy()]
             dims = [d for d in varying(value) if (grid != grid.take([0], axis=d)).any()]
-            if len(dims) > 1:
+            # what has just been tied may make a later tensor a grid (a shuffle turns its view round): look again first
+            if len(dims) > 1 and not touched[grid].any():
+                touched[grid] = True
                 labels.node = node
                 labels.tie(value, dims[:-1])
-        if len(labels.left) == size:
+        if not touched.any():
             return class_of, count
 
 
