@@ -432,11 +432,11 @@ def test_a_file_whose_pipeline_or_report_is_not_ours(compiled: Compiled, tmp_pat
     from fxpress.runtime import artifact
 
     artifact.save(tmp_path / "p.fxp", compiled.graph, pipeline={"passes": ["from-the-future"]}, report=None)
-    with pytest.warns(RuntimeWarning, match=r"the pipeline in .*p\.fxp is left out.*there is no pass 'from-the-future'"):
+    with pytest.warns(RuntimeWarning, match=r"pipeline in .*p\.fxp is left out.*no pass 'from-the-future'"):
         loaded = load(tmp_path / "p.fxp")
     assert torch.equal(loaded(X), compiled(X))
     assert len(loaded.pipeline) == 0
-    artifact.save(tmp_path / "r.fxp", compiled.graph, pipeline=None, report={"rows": [{"name": "trace", "macs": "many"}]})
+    artifact.save(tmp_path / "r.fxp", compiled.graph, pipeline=None, report={"rows": [{"name": "trace", "macs": "x"}]})
     with pytest.raises(ArtifactError, match=r"the report in .*r\.fxp is not valid.*macs"):
         load(tmp_path / "r.fxp")
     artifact.save(tmp_path / "n.fxp", compiled.graph, pipeline=None, report=None)
