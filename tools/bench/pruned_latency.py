@@ -101,7 +101,7 @@ def make_variant(subject: Subject, scope: str, round_to: int) -> Variant:
 def _row(
     case: str, variant: Variant, reference: nn.Module, images: Tensor, rounds: int, candidate: nn.Module | None = None
 ) -> list[Row]:
-    latency = latency_ratio(candidate or variant.module, reference, images, rounds=rounds)
+    latency = latency_ratio(variant.module if candidate is None else candidate, reference, images, rounds=rounds)
     return [
         Row(case, "MACs left", variant.macs_left, "share"),
         Row(case, "latency", latency.candidate_ms, "ms", latency.reference_ms),
@@ -129,7 +129,6 @@ def _inductor(module: nn.Module, images: Tensor) -> nn.Module:
     import torch._inductor.config as config
 
     config.freezing = True
-    torch._dynamo.reset()
     compiled = torch.compile(module.eval())
     with torch.inference_mode():
         compiled(images)  # compiles here, outside the clock
