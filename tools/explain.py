@@ -15,11 +15,12 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..ir.graph import Graph
 from ..ir.groups import Groups, find_groups
+from ..ir.labels import shape_of
 from ..ir.reasons import Locked, Reason, find_locked
 from ..ir.trace import Inputs, trace
 
@@ -204,26 +205,57 @@ def _free(groups: Groups) -> list[GroupInfo]:
     for group in groups.groups:
         saving = groups.saving(group)
         slots = [(slot.name, slot.dim) for slot in group.slots]
-        names = (group.name, group.channels, _producers(groups, slots), group.members, _parameters(slots))
+        name = layer_of(groups.graph, group.name)
+        names = (name, group.channels, _producers(groups.graph, slots), group.members, _parameters(slots))
         infos.append(GroupInfo(*names, round(saving.macs), round(saving.params), True))
     return infos
 
 
 def _locked(groups: Groups, found: Locked) -> GroupInfo:
-    producers = _producers(groups, found.slots)
-    name = producers[0] if producers else found.slots[0][0] if found.slots else found.members[0]
-    names = (name, found.channels, producers, tuple(found.members), _parameters(found.slots))
+    producers = _producers(groups.graph, found.slots)
+    names = (
+        title_of_locked(groups.graph, found),
+        found.channels,
+        producers,
+        tuple(found.members),
+        _parameters(found.slots),
+    )
     return GroupInfo(*names, round(found.macs), round(found.params), False, found.reasons)
 
 
-def _producers(groups: Groups, slots: list[tuple[str, int]]) -> tuple[str, ...]:
+def title_of_locked(graph: Graph, found: Locked) -> str:
+    """A name for channels that no group holds: the first layer that produces them, else the first that has them."""
+    names = [*_producers(graph, found.slots), *(layer_of(graph, name) for name, _ in found.slots), *found.members]
+    return names[0]
+
+
+def _producers(graph: Graph, slots: list[tuple[str, int]]) -> tuple[str, ...]:
     """Layers whose weight, of two dimensions or more, holds the channels in its first: convolutions, linear layers."""
-    own = [name.rpartition(".")[::2] for name, dim in slots if dim == 0 and groups.graph.tensor(name).dim() > 1]
-    return tuple(dict.fromkeys(layer for layer, leaf in own if leaf == "weight"))
+    own = [name for name, dim in slots if dim == 0 and not name.endswith("bias") and _rank(graph, name) > 1]
+    return tuple(dict.fromkeys(layer_of(graph, name) for name in own))
+
+
+def _rank(graph: Graph, slot: str) -> int:
+    if not slot.startswith("%"):
+        return graph.tensor(slot).dim()
+    return len(shape_of(_computed(graph, slot)))
+
+
+def layer_of(graph: Graph, slot: str) -> str:
+    """The layer that holds a slot: `layer1.conv1` for `layer1.conv1.weight`, and for a weight that is computed before
+    use (slot `%node`) the module that computes it."""
+    if slot.startswith("%"):
+        node = _computed(graph, slot)
+        return str(node.meta.get("path") or node.name)
+    return slot.removesuffix(".weight")
+
+
+def _computed(graph: Graph, slot: str) -> fx.Node:
+    return next(node for node in graph.nodes if node.name == slot[1:])
 
 
 def _parameters(slots: list[tuple[str, int]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for name, _ in slots))
+    return tuple(dict.fromkeys(name for name, _ in slots if not name.startswith("%")))
 
 
 def _members(group: GroupInfo, show: int = 2) -> str:

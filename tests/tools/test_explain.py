@@ -165,3 +165,17 @@ def test_notebook_form_escapes_names() -> None:
 )
 def test_amounts(value: float, text: str) -> None:
     assert amount(value) == text
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(x, weight, self.bias, padding=1)
+
+
+def test_a_weight_that_is_computed_goes_by_its_layer() -> None:
+    explanation = fxpress.explain(nn.Sequential(Standardised(3, 6, 3), nn.ReLU(), Standardised(6, 2, 3)), IMAGE)
+    free = [group for group in explanation.groups if group.cuttable]
+    assert [(group.name, group.channels, group.producers) for group in free] == [("0", 6, ("0",))]
+    assert [group.name for group in explanation.blocked] == ["2"]
+    assert "%" not in "".join(name for group in explanation.groups for name in group.parameters)

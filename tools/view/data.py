@@ -14,6 +14,7 @@ from ...ir.groups import Groups, find_groups
 from ...ir.labels import varying
 from ...ir.reasons import Locked, Reason, find_locked
 from ...passes.report import Report
+from ..explain import layer_of, title_of_locked
 from .blocks import blocks_of
 from .kinds import detail_of, dtype_name, kind_of, operation_of, specs_of, title_of
 
@@ -118,9 +119,10 @@ def _groups(groups: Groups, locked: list[Locked], index: dict[str, int]) -> list
     rows: list[JSON] = []
     for group in groups.groups:
         saving = groups.saving(group)
-        rows.append(_group(len(rows), group.name, group.channels, group.members, saving.macs, saving.params, index, ()))
+        name, size = layer_of(groups.graph, group.name), (saving.macs, saving.params)
+        rows.append(_group(len(rows), name, group.channels, group.members, *size, index, ()))
     for found in locked:
-        name = found.slots[0][0].removesuffix(".weight") if found.slots else found.members[0]
+        name = title_of_locked(groups.graph, found)
         size = (found.macs, found.params)
         rows.append(_group(len(rows), name, found.channels, tuple(found.members), *size, index, found.reasons))
     return rows
