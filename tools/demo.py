@@ -91,6 +91,7 @@ def run_demo(
     with as_file(files("fxpress.passes") / "pipelines" / "demo.yaml") as packaged:
         compiled = compile(network, pipeline or packaged, example, data=images, seed=seed)
     console.print(compiled.report)
+    console.print()
     console.print(_before_and_after(compiled.report.rows[0], compiled.report.rows[-1]))
 
     compiled.save(out)
@@ -152,11 +153,11 @@ def _look_at(images: Data) -> tuple[Tensor, int]:
 
 
 def _train(images: Data, channels: int, classes: int, epochs: int, seed: int, console: Console) -> ResidualNet:
-    """The network to compile. The last epoch is kept, not the best on the test images: these judge it later."""
+    """The network to compile. The test images judge it afterwards, they do not choose the epoch."""
     torch.manual_seed(seed)
     network = ResidualNet(channels, classes)
     settings = TrainSettings(epochs=epochs, lr=0.1, keep="last")
-    result = train(network, images, settings=settings, seed=seed, console=console, title="training")
+    result = train(network, Data(train=images.train), settings=settings, seed=seed, console=console, title="training")
     found = evaluate(network, images.need("val", who="the demo"))
     console.print(
         f"   {epochs} epochs in {result.seconds:.0f} s ({result.images_per_second:.0f} images/s): "

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from fxpress.ir.errors import DataError, OptionError, TrainingError
 from fxpress.runtime.data import Data, load_data
 from fxpress.runtime.training import CrossEntropy, KnowledgeDistillation, TrainSettings, train
+from fxpress.runtime.training.share import shared_batches
 from rich.console import Console
 from scipy import special
 from torch import nn
@@ -314,6 +316,20 @@ def test_two_processes_learn_what_one_learns(tmp_path, kind):
     for one, two in zip(alone["epochs"], first["epochs"], strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     assert first["epochs"] == second["epochs"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_batch_is_shared_evenly_and_wholly(world):
+    shares = []
+    for rank in range(world):
+        process = SimpleNamespace(num_processes=world, process_index=rank, device=torch.device("cpu"))
+        inputs = torch.arange(7.0)[:, None]
+        ((mine, targets),) = shared_batches(process, [((inputs, inputs), torch.arange(7))], 0)
+        assert torch.equal(mine[0], mine[1])
+        assert torch.equal(mine[0].flatten().long(), targets)
+        shares.append(targets.tolist())
+    assert {len(share) for share in shares} == {-(-7 // world)}
+    assert set().union(*shares) == set(range(7))
 
 
 def test_a_torch_loader_as_it_is():
