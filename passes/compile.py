@@ -66,9 +66,8 @@ def compile(  # noqa: A001 - the name of the contract
         FxpressError: of whatever kind a pass raises, naming the pass; snapshots in `workdir` stay.
     """
     pipeline = Pipeline.of(passes)
-    if resume and workdir is None:
-        raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")
-    data = data or Data()
+    data = Data() if data is None else data
+    _check_arguments(data, teacher, workdir, resume, seed)
     _check_needs(pipeline, data)
     console = make_console()
     started = time.perf_counter()
@@ -142,6 +141,21 @@ class _Run:
     def _add(self, row: Row) -> None:
         show_row(self.context.console, row, self.report.rows[-1] if self.report.rows else None)
         self.report.rows.append(row)
+
+
+def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: Any) -> None:
+    checks = (
+        ("data", data, (Data,), "fxpress.Data(train=, val=, calibration=)"),
+        ("teacher", teacher, (nn.Module, Graph, Compiled, type(None)), "a module or a compiled network"),
+        ("workdir", workdir, (str, Path, type(None)), "the path of a directory"),
+        ("seed", seed, (int,), "an integer >= 0"),
+    )
+    for name, value, kinds, allowed in checks:
+        if not isinstance(value, kinds) or (name == "seed" and value < 0):
+            given = " ".join(repr(value).split())[:60]
+            raise OptionError(f"{name}={given} is a {type(value).__name__}; allowed: {allowed}")
+    if resume and workdir is None:
+        raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")
 
 
 def _check_needs(pipeline: Pipeline, data: Data) -> None:

@@ -395,6 +395,24 @@ def test_passes_that_are_not_allowed(passes: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": batches()}, "data=[(tensor"),
+        ({"data": {"train": []}}, "data={'train': []} is a dict; allowed: fxpress.Data(train="),
+        ({"teacher": "resnet18"}, "teacher='resnet18' is a str; allowed: a module"),
+        ({"workdir": 3}, "workdir=3 is a int; allowed: the path"),
+        ({"seed": -1}, "seed=-1 is a int; allowed: an integer >= 0"),
+        ({"seed": "0"}, "seed='0' is a str"),
+    ],
+)
+def test_arguments_of_the_wrong_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        compile(network(), [], X, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_budget_that_cannot_be_met() -> None:
     with pytest.raises(BudgetError, match=r"pass 'prune-channels' .*macs: .* is the least that can be reached"):
         compile(network(), [{"prune-channels": {"budget": {"macs": 0.001}}}], X)
