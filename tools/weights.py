@@ -55,8 +55,8 @@ def read_state_dict(path: Path) -> StateDict:
             hint="Save one with torch.save(model.state_dict(), path)",
         )
     if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
 
 
 def _read(path: Path) -> Any:
