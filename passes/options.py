@@ -69,6 +69,8 @@ def allowed_values(schema: dict[str, Any]) -> str:
     kind = str(schema.get("type", "any value"))
     if kind == "array" and "items" in schema:
         kind = f"list of {allowed_values(schema['items'])}"
+    if isinstance(schema.get("additionalProperties"), dict):
+        kind = f"mapping of names to {allowed_values(schema['additionalProperties'])}"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "pattern": "matching"}
     return " and ".join([kind, *(f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema)]).replace(
         f"{kind} and ", f"{kind} ", 1

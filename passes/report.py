@@ -34,7 +34,7 @@ class Row:
         seconds: wall time of the pass itself, without measurements.
         notes: what the pass says it did.
         skips: what it left alone, and why.
-        metrics: further numbers of the pass.
+        metrics: further numbers of the pass; of a lossy one `output_distance`, that of the outputs in any case.
     """
 
     name: str

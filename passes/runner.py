@@ -56,8 +56,10 @@ def check_finite(module: nn.Module) -> None:
 def _verify(one: Pass, before: Graph, graph: Graph, result: PassResult) -> None:
     if one.semantics is EXACT:
         result.distance = prove_equal(before, graph)
-    elif one.semantics is LOSSY and result.distance is None:
-        result.distance = distance(run(before), run(graph))
+    elif one.semantics is LOSSY:
+        moved = distance(run(before), run(graph))
+        result.metrics["output_distance"] = moved
+        result.distance = moved if result.distance is None else result.distance
 
 
 @contextmanager

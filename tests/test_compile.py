@@ -166,6 +166,22 @@ def test_save_and_load(compiled: Compiled, tmp_path: Path) -> None:
     assert repr(loaded) == repr(compiled)
 
 
+def test_a_loaded_network_trains_exports_and_can_be_cut_again(compiled: Compiled, tmp_path: Path) -> None:
+    emitted = compile(compiled, [{"emit": {"layout": "channels-last"}}], None)
+    emitted.save(tmp_path / "net.fxp")
+    loaded = load(tmp_path / "net.fxp")
+    expected = loaded(X).detach()
+    assert loaded.graph.tensor("stem.weight").is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(torch.export.export(loaded.module, (X,)).module()(X), expected, atol=1e-6)
+    assert torch.allclose(torch.compile(loaded.module, backend="aot_eager")(X), expected, atol=1e-6)
+    passes: list[Any] = [{"prune-channels": {"ratio": 0.5}}, {"distill": {"epochs": 1}}]
+    again = compile(loaded, passes, None, data=DATA, teacher=compiled)
+    assert again.report.rows[-1].macs < 0.6 * loaded.report.rows[-1].macs
+    assert torch.equal(loaded(X), expected)
+    loaded.train()(X).sum().backward()
+    assert all(p.grad is not None for p in loaded.module.parameters())
+
+
 def test_a_saved_network_loads_without_its_source(compiled: Compiled, tmp_path: Path) -> None:
     compiled.save(tmp_path / "net.fxp")
     torch.save((X, compiled(X)), tmp_path / "pair.pt")

@@ -24,14 +24,15 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class InsertMasks(Pass):
-    """Multiply every channel that could be cut with a factor of its own, `y[:, c] = m[c] * x[:, c]`.
+    """Multiply every channel that could be cut with a factor of its own.
 
-    A factor belongs to a dependency class: all places whose tensors hold the class carry the same factor. One
-    `ChannelMask` layer serves every place that holds the same classes in the same order: a residual stage has one mask,
-    called behind each of the layers that add to it. Masks stand behind the layers that produce channels or add to them
-    (convolutions, depthwise ones too, linear layers, norms), behind the norm where one follows at once, and before the
-    activation. So a channel whose factor is zero is zero wherever it is read, as long as activations map zero
-    to zero, and `prune-channels` may cut it.
+    The mask m acts on channel c of a tensor as `y[:, c] = m[c] * x[:, c]`. A factor belongs to a dependency class:
+    all places whose tensors hold the class carry the same factor. One `ChannelMask` layer serves every place that
+    holds the same classes in the same order: a residual stage has one mask, called behind each of the layers that add
+    to it. Masks stand behind the layers that produce channels or add to them (convolutions, depthwise ones too,
+    linear layers, norms), behind the norm where one follows at once, and before the activation. So a channel whose
+    factor is zero is zero wherever it is read, as long as activations map zero to zero, and `prune-channels` may cut
+    it.
 
     The factors are `masks` (given), or 0 for the share `ratio` of each group's channels that matters least by
     `criterion` and 1 for the rest, or, without either, 1: for a later pass to learn.

@@ -23,6 +23,7 @@ class Shrink(Pass):
     scope: Literal["global", "uniform"] = "global"
     budget: Budget | None = None
     ignore: tuple[str, ...] = ()
+    masks: dict[str, list[float]] = {}  # noqa: RUF012 - pydantic copies it
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         return PassResult()
@@ -38,6 +39,7 @@ class Shrink(Pass):
         ({"ratio": float("nan")}, ["option 'ratio': given nan"]),
         ({"scope": "locl"}, ["option 'scope': given 'locl', allowed: 'global' or 'uniform'"]),
         ({"ignore": 3}, ["option 'ignore': given 3, allowed: list of string"]),
+        ({"masks": 3}, ["option 'masks': given 3, allowed: mapping of names to list of number"]),
         ({"budget": 3}, ["option 'budget': given 3, allowed: Budget"]),
         ({"budget": {}}, ["option 'budget'", "at least one of macs, params, size, latency"]),
         ({"budget": {"macs": 1.5}}, ["pass 'shrink', option 'budget'", "'macs': given 1.5", "above 0 up to 1"]),

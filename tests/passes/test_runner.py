@@ -80,7 +80,9 @@ def test_a_lossy_pass_reports_its_distance(graph: Graph) -> None:
     result = run(a_pass(scale_first, LOSSY), graph)
     assert result.distance is not None
     assert 0.01 < result.distance < 10
-    assert run(a_pass(lambda g, c: PassResult(distance=0.25), LOSSY), graph).distance == 0.25
+    assert result.metrics["output_distance"] == result.distance
+    proven = run(a_pass(lambda g, c: PassResult(distance=0.25), LOSSY), graph)
+    assert (proven.distance, proven.metrics["output_distance"]) == (0.25, 0)
 
 
 def test_training_has_no_distance(graph: Graph) -> None:
