@@ -14,6 +14,7 @@ from .errors import CutError
 from .graph import Graph, TensorSpec, remove_dead_code
 from .groups import BoolArray, Groups, tensors
 from .labels import IntArray
+from .families.producers import constant_name
 from .rewrites import REWRITES, fit_layer, rescale
 
 
@@ -35,28 +36,46 @@ class Cut:
         self.kept[dead] = False
         if not self.kept[groups.locked].all():
             raise CutError(f"{int((~self.kept & groups.locked).sum())} of the {len(dead)} classes to cut are locked")
+        self._stays: dict[int, tuple[BoolArray, bool, Tensor]] = {}
+        self._vectors: list[IntArray] = []
         for node, value in tensors(self.labels):
-            if not self.kept[groups.vector(value)].any():
+            if not self.stays(groups.vector(value)).any():
                 raise CutError(f"the cut would leave {node.name} without a channel", hint="keep at least one")
 
     # -- what stays of a tensor -----------------------------------------------------------------------------
 
+    def _look_up(self, vector: IntArray) -> tuple[BoolArray, bool, Tensor]:
+        """Of a vector of classes: which stay, whether all do, and the indices of those that do."""
+        known = self._stays.get(id(vector))
+        if known is None:
+            stays = self.kept[vector]
+            known = (stays, bool(stays.all()), torch.from_numpy(stays.nonzero()[0]))
+            self._stays[id(vector)] = known
+            self._vectors.append(vector)  # an id is good for as long as its object lives
+        return known
+
+    def stays(self, vector: IntArray) -> BoolArray:
+        """Which entries of a vector of classes stay."""
+        return self._look_up(vector)[0]
+
+    def indices(self, vector: IntArray) -> Tensor | None:
+        """Positions of a vector of classes that stay, None where all do."""
+        _, whole, indices = self._look_up(vector)
+        return None if whole else indices
+
     def axis(self, node: fx.Node) -> tuple[int, BoolArray] | None:
         """Cut dimension of a node's tensor and which of its channels stay; None where all stay."""
         found = self.groups.channels(node)
-        if found is None:
-            return None
-        stays = self.kept[found[1]]
-        return None if stays.all() else (found[0], stays)
+        return None if found is None or self.indices(found[1]) is None else (found[0], self.stays(found[1]))
 
     def mask(self, labels: Tensor) -> Tensor | None:
         """True where a position stays, in a shape that broadcasts against the tensor; None where all stay."""
         found = self.groups.axis(labels)
-        if found is None or self.kept[found[1]].all():
+        if found is None or self.indices(found[1]) is None:
             return None
         shape = [1] * labels.dim()
         shape[found[0]] = -1
-        return torch.from_numpy(self.kept[found[1]]).view(shape)
+        return torch.from_numpy(self.stays(found[1])).view(shape)
 
     # -- the new graph --------------------------------------------------------------------------------------
 
@@ -75,29 +94,26 @@ class Cut:
 
     def _slice_tensors(self, twin: Graph, nodes: dict[str, fx.Node]) -> None:
         """Slice parameters and buffers; computed constants are replaced by their sliced value."""
-        cuts: dict[str, dict[int, BoolArray]] = {}
-        for slot, vector in self.labels.slots.items():
-            stays = self.kept[self.groups.vector(vector)]
-            if not stays.all():
-                cuts.setdefault(slot.name, {})[slot.dim] = stays
+        cuts: dict[str, dict[int, Tensor]] = {}
+        for slot, labels in self.labels.slots.items():
+            indices = self.indices(self.groups.vector(labels))
+            if indices is not None:
+                cuts.setdefault(slot.name, {})[slot.dim] = indices
         for node, value in self.labels.constants.items():
             found = self.groups.axis(value)
-            if found is not None and not self.kept[found[1]].all():
-                name = str(node.target) if node.op == "get_attr" else f"%{node.name}"
-                cuts.setdefault(name, {})[found[0]] = self.kept[found[1]]
-        computed = {f"%{node.name}": node for node in self._computed(cuts)}
+            indices = None if found is None else self.indices(found[1])
+            if found is not None and indices is not None:
+                cuts.setdefault(constant_name(node), {})[found[0]] = indices
+        computed = {constant_name(node): node for node in self._computed(cuts)}
         values = {name: self.labels.constant_value(node) for name, node in computed.items()}
-        shared = _aliases(twin.module)
+        owners = twin.owners()
         for name, dims in cuts.items():
             if name not in computed:
-                fresh = _sliced(twin.tensor(name), dims)
-                for alias in shared.get(name, [name]):
-                    twin.set_tensor(alias, fresh)
-                shared_parameter(twin, shared.get(name, [name]))
+                _replace(owners[name], _sliced(owners[name][0][1], dims))
         for name, node in computed.items():
             _fold(twin, node, nodes[node.name], _sliced(values[name], cuts.get(name, {})))
 
-    def _computed(self, cuts: dict[str, dict[int, BoolArray]]) -> list[fx.Node]:
+    def _computed(self, cuts: dict[str, dict[int, Tensor]]) -> list[fx.Node]:
         """Computed constants that are cut, or that are computed from a parameter that is."""
         frontier = []
         for node in self.groups.graph.module.graph.nodes:
@@ -105,7 +121,7 @@ class Cut:
                 continue
             if not any(not self.labels.is_constant(user) for user in node.users):
                 continue
-            if f"%{node.name}" in cuts or any(str(s.target) in cuts for s in _sources(node)):
+            if constant_name(node) in cuts or any(str(s.target) in cuts for s in _sources(node)):
                 frontier.append(node)
         return frontier
 
@@ -139,7 +155,7 @@ class Cut:
         if found is None:
             return spec
         shape = list(spec.shape)
-        shape[found[0]] = int(self.kept[found[1]].sum())
+        shape[found[0]] = int(self.stays(found[1]).sum())
         return TensorSpec(tuple(shape), spec.dtype)
 
 
@@ -155,28 +171,21 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [source for source in seen if source.op == "get_attr"]
 
 
-def _sliced(tensor: Tensor, dims: dict[int, BoolArray]) -> Tensor:
-    """The tensor with only the indices that stay along each of `dims`."""
+def _sliced(tensor: Tensor, dims: dict[int, Tensor]) -> Tensor:
+    """The tensor with only the given indices along each of `dims`."""
     tensor = tensor.detach()
-    for dim, stays in sorted(dims.items(), key=lambda item: item[1].mean()):
-        tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(stays)))
-    return tensor if dims else tensor.clone()
+    for dim, indices in dims.items():
+        tensor = tensor.index_select(dim, indices)
+    return tensor
 
 
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters that are one and the same tensor."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: group for group in names.values() for name in group if len(group) > 1}
-
-
-def shared_parameter(twin: Graph, names: list[str]) -> None:
-    """Make names that held one tensor hold one tensor again."""
-    first = twin.tensor(names[0])
-    for name in names[1:]:
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.module.get_submodule(owner), leaf, first)
+def _replace(places: list[tuple[nn.Module, Tensor, str]], value: Tensor) -> None:
+    """Put one tensor in all places of another; a parameter is replaced by one parameter, shared as before."""
+    old = places[0][1]
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    for module, _, leaf in places:
+        (module._parameters if isinstance(old, nn.Parameter) else module._buffers)[leaf] = value  # type: ignore[assignment]
 
 
 def _fold(twin: Graph, node: fx.Node, new: fx.Node, value: Tensor) -> None:

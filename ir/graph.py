@@ -103,6 +103,17 @@ class Graph:
             value = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
         setattr(module, leaf, value)
 
+    def owners(self) -> dict[str, list[tuple[nn.Module, Tensor, str]]]:
+        """For each name of a parameter or buffer, all places (module, tensor, attribute) that hold that very tensor."""
+        places: dict[int, list[tuple[nn.Module, Tensor, str]]] = {}
+        names: dict[str, int] = {}
+        for path, module in self.module.named_modules(remove_duplicate=False):
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    names[f"{path}.{leaf}" if path else leaf] = id(tensor)
+                    places.setdefault(id(tensor), []).append((module, tensor, leaf))
+        return {name: places[key] for name, key in names.items()}
+
     def analyse(self, analysis: Callable[[Graph], T]) -> T:
         """Result of a pure analysis `analysis(graph)`, computed once per epoch."""
         cached = self._analyses.get(analysis)
@@ -213,10 +224,10 @@ def _copy_layer(layer: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     """A layer with its own tables of tensors and sub-modules; the tensors are shared, and shared layers stay so."""
     if id(layer) not in memo:
         twin = memo[id(layer)] = layer.__new__(type(layer))
-        twin.__dict__.update(layer.__dict__)
-        twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
-        twin._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
-        twin._modules = {
+        twin.__dict__.update(layer.__dict__)  # past Module.__setattr__, which would take most of the time
+        twin.__dict__["_parameters"], twin.__dict__["_buffers"] = dict(layer._parameters), dict(layer._buffers)
+        twin.__dict__["_non_persistent_buffers_set"] = set(layer._non_persistent_buffers_set)
+        twin.__dict__["_modules"] = {
             name: _copy_layer(child, memo) if child is not None else None for name, child in layer._modules.items()
         }
     return memo[id(layer)]
@@ -225,7 +236,7 @@ def _copy_layer(layer: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 def _copy_nodes(graph: fx.Graph) -> fx.Graph:
     """Copy of all nodes under the same names, with shallow copies of their metadata and the same signature."""
     twin = fx.Graph()
-    twin._codegen = copy.deepcopy(graph._codegen)
+    twin._codegen = copy.copy(graph._codegen)
     table: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         fresh = twin.create_node(
