@@ -72,7 +72,7 @@ function tintOf(unit, mode, totals) {
     return macs ? [214, Math.max(0.015, macs / totals.unitMacs)] : null;
   }
   const groups = unit.nodes.flatMap((node) => node.groups.map((index) => totals.groups[index]));
-  if (!groups.length) return null;
+  if (!groups.length) return unit.nodes.some((node) => node.why) ? [18, 1] : null;
   const cuttable = groups.filter((group) => group.cuttable).length / groups.length;
   return [cuttable === 1 ? 190 : cuttable === 0 ? 18 : 45, 1];
 }

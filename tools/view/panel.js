@@ -83,7 +83,7 @@ function groupSection(group, app, focused) {
     ["cut", status],
   ]));
   for (const reason of alike(group.reasons)) section.append(reasonBox(reason, app));
-  const heading = html("p", { class: "sub" }, `${group.members.length} members, cut together`);
+  const heading = html("p", { class: "sub" }, `${group.members.length} ${group.members.length === 1 ? "member" : "members"}${group.cuttable ? ", cut together" : ""}`);
   if (app.selectedGroups.length > 1 || !focused) {
     const only = html("button", { class: "link", type: "button", "aria-pressed": String(app.focus === group.id) }, "highlight only these");
     only.addEventListener("click", () => app.focusGroup(app.focus === group.id ? null : group.id));
