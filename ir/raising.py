@@ -48,44 +48,53 @@ def raise_layers(graph: fx.Graph, store: Store, origin: Origin) -> dict[str, nn.
     read = {n for node in graph.nodes if node.op == "get_attr" and node.users for n in store.names(str(node.target))}
     run = _Raising(graph, store, origin, read)
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    for node in calls:
-        rule = RULES.get(getattr(node.target, "_opname", ""))
-        if rule is not None:
-            _raise_layer(run, node, rule)
+    ruled = [(node, rule) for node in calls if (rule := RULES.get(getattr(node.target, "_opname", ""))) is not None]
+    # a module's own call says what its layer is; then uses of its weight from elsewhere may be calls of that layer
+    elsewhere = [(node, rule) for node, rule in ruled if not _raise_layer(run, node, rule, at_home=True)]
+    for node, rule in elsewhere:
+        _raise_layer(run, node, rule, at_home=False)
     for node in calls:  # after all others, for the names that are still free
         if getattr(node.target, "_opname", "") in DROPOUTS:
             _raise_dropout(run, node)
     return run.layers
 
 
-def _raise_layer(run: _Raising, node: fx.Node, rule: Rule) -> None:
+def _raise_layer(run: _Raising, node: fx.Node, rule: Rule, *, at_home: bool) -> bool:
+    """Make a call of a layer of an operation if one fits; only of the running module's own with `at_home`."""
     arguments = bound(node)
-    owners = _owners(run, node, rule, arguments)
+    owners = _owners(run, rule, arguments)
+    if at_home:
+        owners = [path for path in owners if _is_running(run, node, path)]
     described = rule.describe(arguments) if owners else None
     if described is None:
-        return
+        return False
     for path in owners:
         if _claim(run, path, _completed(run, path, *described)):
             _replace(run, node, path, arguments[rule.input])
-            return
+            return True
+    return False
 
 
-def _owners(run: _Raising, node: fx.Node, rule: Rule, a: Arguments) -> list[str]:
-    """Paths whose own tensors are exactly the operation's, in the model's order; the running module's come first."""
+def _owners(run: _Raising, rule: Rule, a: Arguments) -> list[str]:
+    """Paths whose own tensors are exactly the operation's, in the model's order."""
     given = {role: a[role] for role in rule.roles if a[role] is not None}
     if not given or not all(isinstance(v, fx.Node) and v.op == "get_attr" for v in given.values()):
         return []
     candidates = [_homes(run, str(value.target), role) for role, value in given.items()]
     # a tensor of that role which the graph reads elsewhere would become part of the layer
     lacking = [role for role in rule.roles if a[role] is None]
-    owners = [
+    return [
         path
         for path in candidates[0]
         if all(path in others for others in candidates) and not any(f"{path}.{role}" in run.read for role in lacking)
     ]
+
+
+def _is_running(run: _Raising, node: fx.Node, path: str) -> bool:
+    """Whether a path leads to the module that was running (a shared one has several; its first is the layer's)."""
     here = node.meta.get("path", "")
     running = run.origin(here)
-    return sorted(owners, key=lambda path: path != here and (running is None or run.origin(path) is not running))
+    return path == here or (running is not None and run.origin(path) is running)
 
 
 def _homes(run: _Raising, name: str, role: str) -> list[str]:
