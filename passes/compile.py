@@ -18,6 +18,7 @@ from .clone import clone_graph
 from .compiled import Compiled, load
 from .measuring import Measurements
 from .opening import open_model
+from .options import brief
 from .pipeline import Pipeline, PipelineLike
 from .progress import make_console, show_row
 from .report import Report, Row
@@ -152,8 +153,7 @@ def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: 
     )
     for name, value, kinds, allowed in checks:
         if not isinstance(value, kinds) or (name == "seed" and value < 0):
-            given = " ".join(repr(value).split())[:60]
-            raise OptionError(f"{name}={given} is a {type(value).__name__}; allowed: {allowed}")
+            raise OptionError(f"{name}={brief(value)} is a {type(value).__name__}; allowed: {allowed}")
     if resume and workdir is None:
         raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")
 

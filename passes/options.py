@@ -55,6 +55,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
+def brief(value: Any) -> str:
+    """A value as an error shows it: on one line, and cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def allowed_values(schema: dict[str, Any]) -> str:
     """One option's JSON Schema in words: `number >= 0 and < 1`, `'global' or 'uniform'`."""
     if "anyOf" in schema:
@@ -88,7 +94,7 @@ def _explain_one(model: type[Options], details: ErrorDetails) -> str:
     reason = nested.what if isinstance(nested, OptionError) else details["msg"].removeprefix("Value error, ")
     if not option:
         return f"{model.title()}: {reason}"
-    head = f"{model.title()}, option {option!r}: given {details['input']!r}"
+    head = f"{model.title()}, option {option!r}: given {brief(details['input'])}"
     if isinstance(nested, ValueError):
         return f"{head}: {reason}"
     return f"{head}, allowed: {allowed_values(properties.get(option, {}))} ({_lower(reason)})"

@@ -13,7 +13,7 @@ import yaml
 
 from ..ir.errors import OptionError
 from .base import Pass
-from .options import nearest
+from .options import brief, nearest
 from .registry import find_pass
 from .schema import pipeline_schema
 from .yaml_file import parse_yaml
@@ -134,14 +134,14 @@ def make_pass(source: PassLike) -> Pass:
     if isinstance(source, str):
         return find_pass(source)()
     if not isinstance(source, Mapping) or not source:
-        raise OptionError(f"a pass is given as {source!r}; allowed: a name, {{name: options}} or a pass object")
+        raise OptionError(f"a pass is given as {brief(source)}; allowed: a name, {{name: options}} or a pass object")
     if len(source) > 1:
         keys = ", ".join(map(repr, source))
         raise OptionError(f"one pass is given with the keys {keys}", hint="indent the options under the pass's name")
     ((name, options),) = source.items()
     cls = find_pass(str(name))
     if options is not None and not isinstance(options, Mapping):
-        raise OptionError(f"the options of {cls.title()} are {options!r}; allowed: a mapping of options")
+        raise OptionError(f"the options of {cls.title()} are {brief(options)}; allowed: a mapping of options")
     return cls(**{str(key): value for key, value in (options or {}).items()})
 
 
@@ -154,7 +154,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {type(value).__name__} ({value!r})"
+    return "empty" if value is None else f"a {type(value).__name__} ({brief(value)})"
 
 
 def _parse_file(path: Path) -> Any:

@@ -127,11 +127,14 @@ def _share(value: float, original: float) -> str:
 
 
 def _remarks(row: Row) -> list[Text]:
-    """Notes and skips of one pass; equal reasons of skips are counted together."""
+    """Notes and skips of one pass; equal reasons of skips are told together, and of many only the first few."""
     reasons: dict[str, list[str]] = {}
     for skip in row.skips:
         reasons.setdefault(skip.reason, []).append(skip.node)
     skipped = [f"skipped {_some(nodes)}: {reason}" for reason, nodes in reasons.items()]
+    if len(skipped) > _SKIPS:
+        rest = sum(len(nodes) for nodes in list(reasons.values())[_SKIPS:])
+        skipped[_SKIPS:] = [f"skipped {rest} more: see the skips of this row in the report's JSON"]
     return [Text.assemble((f"{row.name}: ", "bold"), text) for text in (*row.notes, *skipped)]
 
 
@@ -140,6 +143,7 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+_SKIPS = 3
 _COLUMNS: dict[str, Callable[[Row, Row], str]] = {
     "pass": lambda row, _: row.name,
     "parameters": lambda row, first: _share(row.parameters, first.parameters),

@@ -33,6 +33,17 @@ def test_text() -> None:
     assert max(map(len, lines)) <= 110
 
 
+def test_of_many_reasons_a_few_are_told() -> None:
+    skips = [Skip(f"norm{i}", f"its input is cat{i // 2}") for i in range(20)]
+    lines = str(Report([Row("trace", "exact"), Row("fold-batchnorm", "exact", skips=skips)])).splitlines()
+    assert [line for line in lines if "skipped" in line] == [
+        "fold-batchnorm: skipped norm0, norm1: its input is cat0",
+        "fold-batchnorm: skipped norm2, norm3: its input is cat1",
+        "fold-batchnorm: skipped norm4, norm5: its input is cat2",
+        "fold-batchnorm: skipped 14 more: see the skips of this row in the report's JSON",
+    ]
+
+
 def test_accuracy_has_a_column_only_if_measured() -> None:
     assert "accuracy" not in str(Report(list(ROWS)))
     rows = [Row("trace", "exact", parameters=1, macs=1, size_bytes=1, accuracy=0.98765)]
