@@ -186,9 +186,14 @@ def _repair_heads(model: Any, pruner: Any) -> None:
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Multiply-accumulates of one forward pass (convolutions, matrix products, attention)."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)  # the counter's module hooks stumble over leaves inside of tuples
     # the fused attention kernel of the CPU is not known to the counter, the plain one is
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(image)
+    for parameter in learned:
+        parameter.requires_grad_(True)
     return int(counter.get_total_flops() // 2)
 
 
