@@ -127,10 +127,8 @@ OPERATIONS: dict[str, Rule] = {
     "glu": along.glu,
     **_rows(along.reduction("sum"), "sum linalg_vector_norm norm frobenius_norm"),
     "mean": along.reduction("mean"),
-    **_rows(
-        along.reduction("other"),
-        "amax amin max min argmax argmin var std var_mean std_mean prod logsumexp all any median nanmean",
-    ),
+    **_rows(along.reduction("variance"), "var std var_mean std_mean"),
+    **_rows(along.reduction("other"), "amax amin max min argmax argmin prod logsumexp all any median nanmean"),
     **_rows(along.along_dim, "cumsum cumprod sort topk argsort cummax"),
     # norms
     **_rows(norms.batch_norm_op, "batch_norm instance_norm"),

@@ -278,6 +278,9 @@ class MaskedNetwork(_Network):
             return super().run_node(n)
         dim, kept = self._refitted[n]
         x = self.env[n.args[0]]  # type: ignore[index]
+        if n.op == "call_function" and "norm" not in str(n.target):  # a mean or variance
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return n.target(x.index_select(dim, kept), *args[1:], **kwargs)  # type: ignore[operator]
         result = _norm_of_kept(self.module, n, x.index_select(dim, kept), kept, self.env)
         return torch.zeros_like(x, dtype=result.dtype).index_copy(dim, kept, result)
 

@@ -50,34 +50,46 @@ def glu(labels: Labels, node: fx.Node) -> Any:
 def reduction(kind: str) -> Rule:
     """Rule for reductions over dimensions.
 
-    A sum, and a p-norm, over cut channels loses only zeros; a mean is rescaled by the share that is kept; anything
-    else (a maximum, a variance) would change its result, so its channels are pinned. Of two labelled dimensions the
-    inner one is taken for the channels (the width of the heads), as in `groups.py`.
+    A sum, and a p-norm, over cut channels loses only zeros; a mean is rescaled by the share that is kept. With
+    `norms="refit"` a mean or variance runs over the channels that stay, as a norm that is written out would. Anything
+    else (a maximum) would change its result, so its channels are pinned. Of two labelled dimensions the inner one is
+    taken for the channels (the width of the heads), as in `groups.py`.
     """
 
     def rule(labels: Labels, node: fx.Node) -> Any:
         x = labels.read(node.args[0])
         dims, keep = _reduced(node, x.dim())
-        moving = [d for d in dims if varies(x, d)]
-        if moving:
-            others = [d for d in varying(x) if d not in dims]
-            summed = kind != "other" and (not others or (max(moving) > max(others) and labels.attention == "width"))
-            if kind == "other":
+        if any(varies(x, d) for d in dims):
+            refit = labels.norms == "refit" and kind in ("mean", "variance") and len(varying(x)) == 1
+            if refit:
+                labels.refitted[node] = x
+            elif kind not in ("sum", "mean"):
                 labels.pin(x, f"{node.target} over the channels would change its result")
-            elif summed:
+            elif _inner(labels, x, dims):
                 labels.readers[node] = (node.args[0],)  # type: ignore[assignment]
                 if kind == "mean":
                     labels.rescaled[node] = x
             else:
-                labels.tie(x, dims)
-            if kind == "other" or summed:
-                return unlabelled(node.meta["spec"])
-        for d in sorted(dims, reverse=True):
-            x = x.narrow(d, 0, 1) if keep else x.select(d, 0)
-        spec = node.meta["spec"]
-        return x if isinstance(spec, TensorSpec) else tuple(x for _ in spec)
+                return _without(labels.tie(x, dims), dims, keep, node)
+            return unlabelled(node.meta["spec"])
+        return _without(x, dims, keep, node)
 
     return rule
+
+
+def _inner(labels: Labels, x: Tensor, dims: Sequence[int]) -> bool:
+    """Whether what is reduced is the innermost labelled dimension, the one that cuts run along."""
+    others = [d for d in varying(x) if d not in dims]
+    innermost = max(d for d in dims if varies(x, d))
+    return not others or (innermost > max(others) and labels.attention == "width")
+
+
+def _without(x: Tensor, dims: Sequence[int], keep: bool, node: fx.Node) -> Any:
+    """Labels without the dimensions that are reduced, which they do not change along."""
+    for d in sorted(dims, reverse=True):
+        x = x.narrow(d, 0, 1) if keep else x.select(d, 0)
+    spec = node.meta["spec"]
+    return x if isinstance(spec, TensorSpec) else tuple(x for _ in spec)
 
 
 def _reduced(node: fx.Node, rank: int) -> tuple[list[int], bool]:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from fxpress.ir.cut import Cut
 from fxpress.ir.graph import Graph
 from fxpress.ir.groups import Groups, find_groups
 from fxpress.ir.labels import Labels, Slot, collapse, compress, find_labels, varying, zeros
 from fxpress.ir.trace import trace
+from fxpress.ir.verify import prove_cut
 
 
 class Between(nn.Module):
@@ -78,12 +80,10 @@ PINNING: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "one group": (lambda x: F.group_norm(x, 1), "statistics"),
     "unknown": (lambda x: torch.cdist(x, x), "has no label rule"),
     "unknown spectrum": (lambda x: torch.fft.rfft(x, dim=1).abs(), "has no label rule"),
-    "replicated": (lambda x: F.pad(x[..., 0], (0, 0, 1, 1), mode="replicate")[..., None], "has no label rule"),
 }
 
 
-@pytest.mark.parametrize("name", ["maximum over channels", "variance over channels", "cumsum over channels",
-                                  "roll over channels", "layer norm", "one group", "unknown", "unknown spectrum"])  # fmt: skip
+@pytest.mark.parametrize("name", PINNING)
 def test_channels_are_pinned_with_a_reason(name: str) -> None:
     operation, reason = PINNING[name]
     groups = groups_of(Between(operation))
@@ -189,6 +189,20 @@ def test_layer_norm_can_be_refitted() -> None:
     groups = groups_of(Between(operation), norms="refit")
     assert len(np.unique(classes(groups, "before.weight", 0))) == 8
     assert groups.labels.refitted
+
+
+@pytest.mark.parametrize("norms", ["keep", "refit"])
+def test_a_norm_that_is_written_out_is_cut_exactly(norms: str) -> None:
+    def written(x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5)
+
+    groups = groups_of(Between(written), norms=norms)
+    cut = Cut(groups, classes(groups, "before.weight", 0)[:3])
+    candidate = cut.apply("test")
+    assert prove_cut(cut, candidate) < 1e-5
+    scaled = [node for node in candidate.nodes if node.target is torch.ops.aten.mul.Scalar]
+    assert len(scaled) == (2 if norms == "keep" else 0)
 
 
 def test_labels_have_the_shape_of_their_node() -> None:
