@@ -137,7 +137,7 @@ def make_pass(source: PassLike) -> Pass:
         raise OptionError(f"a pass is given as {brief(source)}; allowed: a name, {{name: options}} or a pass object")
     if len(source) > 1:
         keys = ", ".join(map(repr, source))
-        raise OptionError(f"one pass is given with the keys {keys}", hint="indent the options under the pass's name")
+        raise OptionError(f"one pass is given with the keys {keys}", hint="Indent the options under the pass's name.")
     ((name, options),) = source.items()
     cls = find_pass(str(name))
     if options is not None and not isinstance(options, Mapping):

@@ -73,7 +73,7 @@ def _rolled_back_on_error(one: Pass, graph: Graph, before: Graph) -> Iterator[No
     except Exception as error:
         graph.adopt(before)
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise GraphError(f"{one.title()} failed: {text}", hint="The graph is as it was before the pass") from error
+        raise GraphError(f"{one.title()} failed: {text}", hint="The graph is as it was before the pass.") from error
     except BaseException:
         graph.adopt(before)
         raise
@@ -87,5 +87,5 @@ def _check_tensor(name: str, tensor: Tensor, kind: str, *, allow_inf: bool) -> N
     if nans or infinite:
         raise ModelError(
             f"{kind} {name!r} of shape {tuple(tensor.shape)} holds {nans} NaN and {infinite} infinite values",
-            hint="Restore it from a sound checkpoint, or find where training diverged",
+            hint="Restore it from a sound checkpoint, or find where training diverged.",
         )

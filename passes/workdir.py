@@ -115,7 +115,7 @@ class Workdir:
         if other:
             raise OptionError(
                 f"cannot resume: {self.path} was made with another {' and another '.join(other)}",
-                hint="give the same ones, another workdir, or resume=False to start over",
+                hint="Give the same ones, another workdir, or resume=False to start over.",
             )
 
     def _read_state(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Workdir:
             if state["format"] != FORMAT or not isinstance(state["finished"], list):
                 raise ValueError("unknown format")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OptionError(f"{file} cannot be read ({error})", hint="delete it to start over") from None
+            raise OptionError(f"{file} cannot be read ({error})", hint="Delete it to start over.") from None
         known: dict[str, Any] = state
         return known
 

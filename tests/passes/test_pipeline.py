@@ -107,7 +107,7 @@ def test_bad_passes(source: Any, message: str) -> None:
         ("p.yaml", "seed: -1\npasses: [emit]", "'seed' is -1; allowed: an integer >= 0"),
         ("p.yaml", "seed: x\npasses: [emit]", "'seed' is 'x'"),
         ("p.yaml", "passes: [!!python/object/apply:os.getcwd []]", "is not valid YAML"),
-        ("p.yaml", "passes:\n  - emit:\n    layout: auto", "indent the options under the pass's name"),
+        ("p.yaml", "passes:\n  - emit:\n    layout: auto", "Indent the options under the pass's name"),
         ("p.yaml", "passes: \x00", "is not valid"),
         ("p.yaml", "passes: [emit]\nseed: 1\nseed: 2", "p.yaml, line 3 is not valid YAML: key 'seed' is there twice"),
         ("p.yaml", "passes: [{emit: {engine: auto, engine: torch}}]", "key 'engine' is there twice"),

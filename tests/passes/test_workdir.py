@@ -118,7 +118,7 @@ def test_starting_over_removes_the_old_snapshots_and_nothing_else(tmp_path: Path
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2, "finished": []}', '{"format": 1}', "\x00"])
 def test_an_unreadable_state_says_what_to_do(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(OptionError, match=r"state\.json cannot be read .*delete it to start over"):
+    with pytest.raises(OptionError, match=r"state\.json cannot be read .*Delete it to start over"):
         Workdir(tmp_path, PIPELINE, "model", 0).resume()
 
 
