@@ -157,7 +157,7 @@ def _train(images: Data, channels: int, classes: int, epochs: int, seed: int, co
     torch.manual_seed(seed)
     network = ResidualNet(channels, classes)
     settings = TrainSettings(epochs=epochs, lr=0.1, keep="last")
-    result = train(network, Data(train=images.train), settings=settings, seed=seed, console=console, title="training")
+    result = train(network, images, settings=settings, seed=seed, console=console, title="training")
     found = evaluate(network, images.need("val", who="the demo"))
     console.print(
         f"   {epochs} epochs in {result.seconds:.0f} s ({result.images_per_second:.0f} images/s): "

@@ -29,7 +29,7 @@ class EpochResult:
     Args:
         loss: mean objective over its steps.
         accuracy: top-1 on its training batches as they were learned from, 0-1.
-        val_loss: cross entropy on `data.val` after it, None without.
+        val_loss: cross entropy on `data.val` after it, None where that is not looked at.
         val_accuracy: top-1 there, 0-1.
     """
 
@@ -73,7 +73,7 @@ def train(
 
     Args:
         student: the network; its parameters must not be shared with the teacher's.
-        data: `train` is learned from; with `val`, each epoch is evaluated.
+        data: `train` is learned from; `val` is what `keep: best` evaluates each epoch on.
         objective: cross entropy if None.
         teacher: asked in eval mode without gradients if the objective needs one; stays as it is.
         settings: the numbers of the run.
@@ -96,7 +96,8 @@ def train(
     helper = _check_teacher(student, teacher) if objective.needs_teacher else None
     device, start = device_of(student), time.perf_counter()
     with seeded(seed), modes_restored(student, *([helper] if helper else [])):
-        run = _Run(student, objective, helper, settings, make_accelerator(), loader, data.val)
+        val = data.val if settings.keep == "best" else None
+        run = _Run(student, objective, helper, settings, make_accelerator(), loader, val)
         bar = TrainBar(console if run.accelerator.is_main_process else None, settings.epochs, run.steps_per_epoch)
         try:
             with bar.shown(title):
@@ -144,7 +145,7 @@ class _Run:
             val = (None, None) if found is None else (found.loss, found.accuracy)
             self.results.append(EpochResult(loss, accuracy, *val))
             self.good = _snapshot(self.student)
-            score = float(epoch) if found is None or self.settings.keep == "last" else found.accuracy
+            score = float(epoch) if found is None else found.accuracy
             if best is None or score >= best[0]:
                 best, self.kept = (score, self.good), epoch
         if best is not None and self.kept < self.settings.epochs - 1:

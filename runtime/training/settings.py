@@ -25,7 +25,8 @@ class TrainSettings:
         warmup: share of all steps, 0-1, in which the learning rate rises linearly from 0.
         clip_norm: gradients of a larger 2-norm are scaled down to it; None never does.
         precision: `fp32`, or `bf16` for autocast to bfloat16.
-        keep: `best` keeps the epoch with the highest accuracy on `data.val` if there is one, `last` the last.
+        keep: `best` keeps the epoch with the highest accuracy on `data.val` if there is one; `last` keeps the last
+            and never looks at `data.val`.
     """
 
     epochs: int = 10

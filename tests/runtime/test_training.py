@@ -199,6 +199,7 @@ class TestTrain:
             network(5), Data(train=batches(), val=batches(seed=1)), settings=TrainSettings(epochs=2, keep="last")
         )
         assert last.kept == 1
+        assert last.epochs[0].val_accuracy is None
 
     def test_a_loader_without_length(self):
         class Stream:
