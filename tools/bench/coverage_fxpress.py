@@ -114,6 +114,8 @@ def _zero_what_was_cut(model: nn.Module, cut: Cut) -> bool:
         if node.op != "get_attr":
             return False
         slices.append((str(node.target), axis[0], cut.kept[axis[1]]))
+    if any(name.startswith("%") and not kept.all() for name, _, kept in slices):
+        return False  # a slot of a computed weight
     for name, dim, kept in slices:
         if name in parameters:
             parameters[name].index_fill_(dim, torch.from_numpy(np.flatnonzero(~kept)), 0)
