@@ -7,6 +7,7 @@ literal table of functions on sizes. Nothing else can be named by a stored graph
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import re
@@ -150,11 +151,26 @@ def _own(layer: nn.Module) -> set[str]:
 
 NAMESPACES = ("aten", "torchvision")
 _NAME = re.compile(r"(aten|torchvision)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
-# functional by schema, yet not a function of tensors alone: files, printing, foreign memory, unchecked indices
-_DENIED = frozenset({"from_file", "save", "print", "warn", "format", "get_device", "is_pinned", "pin_memory",
-                     "_pin_memory", "record_stream", "_assert_async", "_assert_scalar", "_functional_assert_async",
-                     "_functional_assert_scalar", "_debug_has_internal_overlap", "_nested_from_padded",
-                     "_from_blob", "_cuda_getCurrentRawStream", "_unsafe_index", "_unsafe_masked_index"})  # fmt: skip
+# Ops whose names begin with an underscore are torch's own business and may trust their arguments; these are emitted by
+# exports and check theirs.
+_PRIVATE = frozenset({
+    "_to_copy", "_unsafe_view", "_softmax", "_log_softmax", "_safe_softmax", "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_native_batch_norm_legit", "_fused_rms_norm",
+    "_native_batch_norm_legit_no_training", "_convolution", "_weight_norm", "_weight_norm_interface", "_trilinear",
+    "_prelu_kernel", "_cdist_forward", "_fft_r2c", "_fft_c2r", "_fft_c2c", "_conj", "_conj_physical", "_neg_view",
+    "_cast_Float", "_cast_Half", "_cast_Double", "_cast_Int", "_cast_Long", "_shape_as_tensor", "_local_scalar_dense",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math", "_linalg_svd", "_linalg_eigh",
+    "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "_stack", "_is_all_true", "_embedding_bag",
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
+})  # fmt: skip
+_DENIED = frozenset({"from_file", "resize", "resize_as", "is_pinned", "pin_memory", "set", "set_data", "rename", "grad",
+                     "get_gradients", "data", "dict", "as_tensor", "tensor", "convolution_overrideable"})  # fmt: skip
+_DENIED_PARTS = re.compile(
+    r"backward|cudnn|miopen|mkldnn|fbgemm|sparse|nested|(?<!fake_)quantize_per|quantized|record_stream|_unsafe$"
+)
+_ARGUMENT = re.compile(r"(?:Optional\[|List\[)*(?:Tensor|int|bool|float|number|complex|str|Device|Generator)\]*")
+_NUMBERS = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "item", "_local_scalar_dense"})
 SIZE_OPS: dict[str, Op] = {
     **{f"operator.{f.__name__}": f for f in (
         operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.truediv,
@@ -168,15 +184,25 @@ _SIZE_NAMES = {op: name for name, op in SIZE_OPS.items()}
 
 
 def allowed(op: object) -> bool:
-    """Whether an operation may be the target of a `call_function` node."""
+    """Whether an operation may be the target of a `call_function` node.
+
+    Of ATen that is what writes to no argument and returns tensors (or a size), except what reads files, sees foreign
+    memory, belongs to a backward pass or to a kind of tensor that a graph does not hold.
+    """
     if isinstance(op, torch._ops.OpOverload):
-        return op.namespace in NAMESPACES and op._schema.name.partition("::")[2] not in _DENIED and is_functional(op)
+        return op.namespace in NAMESPACES and _harmless(op)
     return callable(op) and op in _SIZE_NAMES
 
 
-def is_functional(op: torch._ops.OpOverload) -> bool:
-    """Whether an overload writes to none of its arguments and returns something."""
-    return not op._schema.is_mutable and len(op._schema.returns) > 0
+@functools.cache
+def _harmless(op: torch._ops.OpOverload) -> bool:
+    schema, name = op._schema, op._opname
+    if schema.is_mutable or name in _DENIED or _DENIED_PARTS.search(name):
+        return False
+    if name.startswith("_") and name not in _PRIVATE:
+        return False
+    gives = name in _NUMBERS or any("Tensor" in str(returned.type) for returned in schema.returns)
+    return gives and all(_ARGUMENT.fullmatch(str(argument.type)) for argument in schema.arguments)
 
 
 def op_name(op: object) -> str:
@@ -188,7 +214,7 @@ def op_name(op: object) -> str:
     if not allowed(op):
         raise GraphError(f"operation {op} is not in the dialect: it writes to an argument, does I/O or is unknown")
     if isinstance(op, torch._ops.OpOverload):
-        return f"{op.namespace}.{op._schema.name.partition('::')[2]}.{op._overloadname}"
+        return f"{op.namespace}.{op._opname}.{op._overloadname}"
     return _SIZE_NAMES[op]  # type: ignore[index]
 
 
