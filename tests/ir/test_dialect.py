@@ -16,8 +16,8 @@ OPS = ["aten.add.Tensor", "aten.conv2d.default", "aten.scaled_dot_product_attent
 REFUSED = ["aten.add_.Tensor", "aten.add.out", "aten.from_file.default", "aten.__class__.default", "aten.add.__init__",
            "aten.conv2d", "conv2d.default", "os.system", "operator.attrgetter", "builtins.eval", "aten.nothing.default",
            "aten.record_stream.default", "aten._unsafe_index.Tensor", "aten.add.int", "aten.Generator.default",
-           "aten.relu_backward.default",
-           "aten._sparse_coo_tensor_unsafe.default", "aten.empty_quantized.default", "prims.add.default", "aten.conv2d.default.x", "", "aten..default"]  # fmt: skip
+           "aten.relu_backward.default", "aten._sparse_coo_tensor_unsafe.default", "aten.empty_quantized.default",
+           "prims.add.default", "aten.conv2d.default.x", "", "aten..default"]  # fmt: skip
 EXAMPLES = [
     nn.Conv2d(3, 4, (3, 1), padding="same", bias=False),
     nn.ConvTranspose1d(4, 6, 3, 2, output_padding=1, groups=2),
