@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import CutError
+from .families.producers import constant_name
 from .graph import Graph, TensorSpec, remove_dead_code
 from .groups import BoolArray, Groups, tensors
 from .labels import IntArray
-from .families.producers import constant_name
 from .rewrites import REWRITES, fit_layer, rescale
 
 

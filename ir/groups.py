@@ -179,8 +179,8 @@ class _CostFunction:
     def __call__(self, kept: npt.NDArray[np.float64]) -> Size:
         shares = self._shares @ kept
         shares[0] = 1.0
-        totals = [float((amounts * shares[index].prod(axis=1)).sum()) for amounts, index in (self._macs, self._params)]
-        return Size(*totals)
+        totals = [(amounts * shares[index].prod(axis=1)).sum() for amounts, index in (self._macs, self._params)]
+        return Size(*(float(round(total)) for total in totals))
 
 
 def batch_size(graph: Graph) -> int:

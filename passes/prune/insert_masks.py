@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
-from torch import fx
+from torch import fx, nn
 
 from ...ir.errors import OptionError
 from ...ir.graph import Graph
@@ -107,14 +107,20 @@ def given_factors(masks: dict[str, list[float]], anchors: list[Anchor], count: i
 
 
 def insert_layers(graph: Graph, anchors: list[Anchor], factors: FloatArray, author: str) -> int:
-    """Put a mask behind every anchor; equal vectors of classes share a layer. Returns the number of layers."""
-    paths: dict[bytes, str] = {}
+    """Put a mask behind every anchor and return the number of layers.
+
+    Equal vectors of classes share a layer; where they lie in another dimension (tokens), the layers share the factors.
+    """
+    paths: dict[tuple[bytes, int], str] = {}
+    masks: dict[bytes, nn.Parameter] = {}
     with graph.edit(author) as nodes:
         for anchor in anchors:
             key = anchor.classes.tobytes()
-            if key not in paths:
-                paths[key] = _add_layer(graph, anchor, factors)
-            _insert(nodes, anchor.node, paths[key])
+            if key not in masks:
+                masks[key] = _parameter(anchor, factors)
+            if (key, anchor.dim) not in paths:
+                paths[key, anchor.dim] = _add_layer(graph, anchor, masks[key])
+            _insert(nodes, anchor.node, paths[key, anchor.dim])
     return len(paths)
 
 
@@ -133,8 +139,12 @@ def _give(factors: FloatArray, anchor: Anchor, values: FloatArray) -> None:
         factors[index] = value
 
 
-def _add_layer(graph: Graph, anchor: Anchor, factors: FloatArray) -> str:
-    """A new mask layer with the factors of the anchor's channels; returns its path."""
+def _parameter(anchor: Anchor, factors: FloatArray) -> nn.Parameter:
+    return nn.Parameter(torch.from_numpy(factors[anchor.classes]).to(anchor.node.meta["spec"].dtype))
+
+
+def _add_layer(graph: Graph, anchor: Anchor, mask: nn.Parameter) -> str:
+    """A new mask layer with these factors; returns its path."""
     known = dict(graph.module.named_modules())
     base = path = f"masks.{anchor.path.replace('.', '_')}"
     count = 1
@@ -142,9 +152,7 @@ def _add_layer(graph: Graph, anchor: Anchor, factors: FloatArray) -> str:
         count += 1
         path = f"{base}_{count}"
     layer = ChannelMask(len(anchor.classes), anchor.dim)
-    with torch.no_grad():
-        layer.mask.copy_(torch.from_numpy(factors[anchor.classes]))
-    layer.to(anchor.node.meta["spec"].dtype)
+    layer.mask = mask
     graph.module.add_submodule(path, layer)
     return path
 

@@ -20,7 +20,7 @@ from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
 from .criteria import CRITERIA, score_classes
-from .selection import Block, BoolArray, fill_up, keep_all_but, make_blocks, shortest_prefix
+from .selection import Block, BoolArray, fill_up, give_back, keep_all_but, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
 
@@ -83,6 +83,7 @@ class PruneChannels(Pass):
         candidate = cut.apply(self.name)
         lint(candidate)
         distance = prove_cut(cut, candidate) if context.verify else None
+        refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
         before, after = groups.cost(), groups.cost(kept)
         graph.adopt(candidate)
         if self.masks is not None:
@@ -91,7 +92,6 @@ class PruneChannels(Pass):
         else:
             skips = []
         notes.insert(0, _describe(groups, kept, before, after))
-        refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
         if refitted is not None:
             notes.append(
                 f"norms now take their statistics over fewer channels, which changes the output by {refitted:.1e}"
@@ -153,12 +153,9 @@ def _by_budget(groups: Groups, blocks: list[Block], limits: dict[str, float]) ->
             hint="Raise the budget, or lower floor, round_to or ignore.",
         )
     if count and not close(kept):
-        before = keep_all_but(blocks[: count - 1], groups.count)
-        finer = fill_up(blocks, count - 1, before, close, fits)
-        if finer is not None:
-            return finer, []
-        return kept, ["widths are too coarse to come closer to the budget"]
-    return kept, []
+        finer = fill_up(blocks, count - 1, keep_all_but(blocks[: count - 1], groups.count), close, fits)
+        kept = give_back(blocks[:count], kept, close, fits) if finer is None else finer
+    return kept, [] if close(kept) or not count else ["widths are too coarse to come closer to the budget"]
 
 
 def _unmet(least: Size, whole: Size, limits: dict[str, float]) -> str:

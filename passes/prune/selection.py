@@ -108,3 +108,25 @@ def fill_up(
         if fits(kept):
             return kept
     return None
+
+
+def give_back(
+    removed: Sequence[Block], kept: BoolArray, close: Callable[[BoolArray], bool], fits: Callable[[BoolArray], bool]
+) -> BoolArray:
+    """Blocks that may stay after all, last removed first, as long as the budget is still met and not yet close.
+
+    Within a group blocks come back in the reverse order of their removal only.
+    """
+    closed: set[int] = set()
+    for block in reversed(removed):
+        if close(kept):
+            break
+        if block.group in closed:
+            continue
+        trial = kept.copy()
+        trial[block.classes] = True
+        if fits(trial):
+            kept = trial
+        else:
+            closed.add(block.group)
+    return kept

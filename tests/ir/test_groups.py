@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fxpress.ir.cost import measure_cost
 from fxpress.ir.cut import Cut, apply_cut
 from fxpress.ir.groups import Groups, find_groups
 from fxpress.ir.trace import trace
+from torch import Tensor, nn
 
 
 class Residual(nn.Module):

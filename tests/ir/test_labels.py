@@ -7,15 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
-
+import torch.nn.functional as F
 from fxpress.ir.cut import Cut
 from fxpress.ir.graph import Graph
 from fxpress.ir.groups import Groups, find_groups
 from fxpress.ir.labels import Labels, Slot, collapse, compress, find_labels, varying, zeros
 from fxpress.ir.trace import trace
 from fxpress.ir.verify import prove_cut
+from torch import Tensor, nn
 
 
 class Between(nn.Module):

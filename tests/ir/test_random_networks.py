@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from fxpress.ir.cut import Cut
 from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
 from fxpress.ir.verify import lint, prove_cut
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 Step = tuple[str, int, int]
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
 from fxpress.ir import rewrites, rules
 from fxpress.ir.cut import Cut, apply_cut
 from fxpress.ir.errors import CutError, GraphError, VerifyError
@@ -17,6 +15,7 @@ from fxpress.ir.groups import find_groups
 from fxpress.ir.labels import along
 from fxpress.ir.trace import trace
 from fxpress.ir.verify import distance, evaluating, lint, prove_cut, prove_equal, refit_distance, run, tolerance
+from torch import Tensor, nn
 
 
 def small() -> nn.Module:
@@ -192,12 +191,12 @@ def test_lint_finds_a_node_without_shape(graph: Graph) -> None:
 
 def test_lint_finds_an_unused_parameter(graph: Graph) -> None:
     graph.module.register_parameter("idle", nn.Parameter(torch.zeros(2)))
-    with pytest.raises(GraphError, match="'idle'.*no node uses it"):
+    with pytest.raises(GraphError, match=r"'idle'.*no node uses it"):
         lint(graph)
 
 
 def test_lint_finds_a_layer_that_does_not_fit(graph: Graph) -> None:
     layer = graph.module.get_submodule("3")
     layer.in_channels = 7
-    with pytest.raises(GraphError, match="states 7 input channels, but its input .* has 8"):
+    with pytest.raises(GraphError, match=r"states 7 input channels, but its input .* has 8"):
         lint(graph)
