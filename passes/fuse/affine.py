@@ -17,7 +17,7 @@ LINEAR: Layers = (_ConvNd, nn.Linear)
 NORMS: Layers = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def layer_before(graph: Graph, node: fx.Node, kinds: Layers, dim: int = 1) -> fx.Node | str:
+def layers_before(graph: Graph, node: fx.Node, kinds: Layers, dim: int = 1) -> list[fx.Node] | str:
     """The layer whose output only `node` reads, or the reason why there is none to fold into.
 
     Args:
@@ -25,15 +25,45 @@ def layer_before(graph: Graph, node: fx.Node, kinds: Layers, dim: int = 1) -> fx
         node: acts on every channel by itself.
         kinds: the types of layers to fold into.
         dim: the dimension that `node` takes for the channels.
+
+    Returns:
+        One node, or several in the order of their channels where `node` reads what is concatenated from them.
     """
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = node.all_input_nodes[0]
+    joined = _joined(source, dim)
+    if joined is None:
+        reason = _unfit(graph, source, node, kinds, dim)
+        return [source] if reason is None else reason
+    if len(source.users) > 1:
+        return _also_read(source, node)
+    if len(set(joined)) < len(joined):
+        return f"{source.name} holds the same channels twice"
+    reasons = (_unfit(graph, part, source, kinds, dim) for part in joined)
+    return next((reason for reason in reasons if reason is not None), joined)
+
+
+def _joined(source: fx.Node, dim: int) -> list[fx.Node] | None:
+    """The tensors that a concatenation of channels joins; None for any other node."""
+    if source.target is not torch.ops.aten.cat.default:
+        return None
+    rank = len(source.meta["spec"].shape)
+    along = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim", 0)
+    assert isinstance(along, int)
+    return list(source.args[0]) if along % rank == dim % rank else None  # type: ignore[arg-type]
+
+
+def _also_read(source: fx.Node, reader: fx.Node) -> str:
+    others = ", ".join(user.name for user in source.users if user is not reader)
+    return f"the output of {source.name} is also read by {others}"
+
+
+def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: int) -> str | None:
+    """Why what `reader` does to the channels of `source` cannot be folded into it."""
     layer = graph.layer(source)
     if layer is None or not isinstance(layer, kinds):
         return f"its input {source.name} is no {_names(kinds)}"
     if len(source.users) > 1:
-        others = ", ".join(user.name for user in source.users if user is not node)
-        return f"the output of {source.name} is also read by {others}"
+        return _also_read(source, reader)
     calls = sum(other.op == "call_module" and other.target == source.target for other in graph.nodes)
     if calls > 1:
         return f"layer {source.target} is called {calls} times"
@@ -43,9 +73,19 @@ def layer_before(graph: Graph, node: fx.Node, kinds: Layers, dim: int = 1) -> fx
     produced = rank - 1 if isinstance(layer, (nn.Linear, nn.LayerNorm)) else 1
     if dim % rank != produced:
         return f"the channels of {source.name} are dimension {produced} of {rank}, not dimension {dim % rank}"
-    if source.meta["spec"].dtype != node.meta["spec"].dtype:
-        return f"it changes the dtype from {source.meta['spec'].dtype} to {node.meta['spec'].dtype}"
-    return source
+    if source.meta["spec"].dtype != reader.meta["spec"].dtype:
+        return f"it changes the dtype from {source.meta['spec'].dtype} to {reader.meta['spec'].dtype}"
+    return None
+
+
+def fold_into(graph: Graph, sources: list[fx.Node], dim: int, scale: Tensor, shift: Tensor | None = None) -> None:
+    """Give each of the layers its part of a factor and a term per channel, both `(C,)` over all of them."""
+    sizes = [source.meta["spec"].shape[dim] for source in sources]
+    shifts: list[Tensor | None] = [None] * len(sizes) if shift is None else list(shift.split(sizes))
+    for source, own_scale, own_shift in zip(sources, scale.split(sizes), shifts, strict=True):
+        layer = graph.layer(source)
+        assert layer is not None
+        fold_affine(layer, own_scale, own_shift)
 
 
 def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None = None) -> None:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...ir.graph import Graph
 from ..base import EXACT, Context, Pass, PassResult, Semantics, Skip
-from .affine import LINEAR, fold_affine, layer_before
+from .affine import LINEAR, fold_into, layers_before
 
 
 class FoldBatchnorm(Pass):
@@ -24,9 +24,10 @@ class FoldBatchnorm(Pass):
 
         s (w ∗ x + b) + t = (s w) ∗ x + (s b + t)       so  w' = s w  and  b' = s b + t
 
-    with s on the output channels of w. Without γ and β (`affine=False`) they are 1 and 0, without a bias b is 0. The
-    new weights are computed in double precision and rounded once to the dtype of the layer. A folded network computes
-    the same in evaluation mode; fine-tuned further, it no longer normalises by batch statistics.
+    with s on the output channels of w. Behind a concatenation of such layers each takes its own part of s and t.
+    Without γ and β (`affine=False`) they are 1 and 0, without a bias b is 0. The new weights are computed in double
+    precision and rounded once to the dtype of the layer. A folded network computes the same in evaluation mode; fine-
+    tuned further, it no longer normalises by batch statistics.
 
     Source: S. Ioffe, C. Szegedy, Batch Normalization, ICML 2015, section 3.1 (inference).
     """
@@ -53,13 +54,11 @@ def fold_into_producer(graph: Graph, node: fx.Node) -> str | None:
     assert isinstance(norm, _BatchNorm)
     if norm.running_mean is None or norm.running_var is None:
         return "it keeps no running statistics, so it normalises by the batch"
-    source = layer_before(graph, node, LINEAR)
-    if isinstance(source, str):
-        return source
-    producer = graph.layer(source)
-    assert producer is not None
-    fold_affine(producer, *affine_of(norm))
-    node.replace_all_uses_with(source)
+    sources = layers_before(graph, node, LINEAR)
+    if isinstance(sources, str):
+        return sources
+    fold_into(graph, sources, 1, *affine_of(norm))
+    node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)  # or the layer would still have two readers when the next norm is looked at
     return None
 

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from ...ir.graph import Graph
 from ...runtime.layers.channel_mask import ChannelMask
 from ..base import Skip
-from .affine import LINEAR, NORMS, fold_affine, layer_before
+from .affine import LINEAR, NORMS, fold_into, layers_before
 
 
 def fold_masks(graph: Graph, author: str) -> tuple[int, list[Skip]]:
@@ -35,21 +35,20 @@ def fold_masks(graph: Graph, author: str) -> tuple[int, list[Skip]]:
 def _fold(graph: Graph, node: fx.Node) -> str | None:
     mask = graph.layer(node)
     assert isinstance(mask, ChannelMask)
-    source = layer_before(graph, node, (*LINEAR, *NORMS), mask.dim)
-    if isinstance(source, str):
-        return source
-    layer = graph.layer(source)
-    assert layer is not None
-    reason = _unfit(layer)
-    if reason is not None:
-        return f"{source.name} {reason}"
-    fold_affine(layer, mask.mask.detach())
-    node.replace_all_uses_with(source)
+    sources = layers_before(graph, node, (*LINEAR, *NORMS), mask.dim)
+    if isinstance(sources, str):
+        return sources
+    for source in sources:
+        reason = _unfit(graph.layer(source))
+        if reason is not None:
+            return f"{source.name} {reason}"
+    fold_into(graph, sources, mask.dim, mask.mask.detach())
+    node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
     return None
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def _unfit(layer: nn.Module | None) -> str | None:
     """Why a norm has no factors per channel that could take up a mask's."""
     if not isinstance(layer, NORMS):
         return None

@@ -64,6 +64,25 @@ FOLDABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+class Joined(nn.Module):
+    """A norm behind a concatenation of two layers; or of one twice, of one and its input."""
+
+    def __init__(self, what: str = "two") -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1)
+        self.norm = nn.BatchNorm2d({"two": 6, "twice": 8, "input": 8, "read": 6}[what])
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        parts = {"two": [one, two], "twice": [one, one], "input": [one, x], "read": [one, two]}[self.what]
+        joined = torch.cat(parts, 1)
+        return self.norm(joined) + (joined if self.what == "read" else 0)  # type: ignore[no-any-return]
+
+
+FOLDABLE["behind a concatenation"] = (Joined, (2, 4, 6, 6))
+
+
 @pytest.mark.parametrize("case", FOLDABLE)
 def test_folds(case: str) -> None:
     make, shape = FOLDABLE[case]
@@ -128,6 +147,9 @@ def by_the_batch() -> nn.Module:
         (CalledTwice, (2, 3, 6, 6), "layer conv is called 2 times"),
         (TiedWeight, (2, 3, 6, 6), "the weight of two is shared with another layer"),
         (BehindAdd, (2, 3, 6, 6), "its input add is no convolution or linear layer"),
+        (lambda: Joined("twice"), (2, 4, 6, 6), "cat holds the same channels twice"),
+        (lambda: Joined("input"), (2, 4, 6, 6), "its input x is no convolution or linear layer"),
+        (lambda: Joined("read"), (2, 4, 6, 6), "the output of cat is also read by add"),
         (LinearOverTokens, (2, 4, 5), "the channels of linear.* are dimension 2 of 3, not dimension 1"),
     ],
 )

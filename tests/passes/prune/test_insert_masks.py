@@ -119,6 +119,28 @@ def test_zero_masks_can_be_cut_without_changing_the_outputs(graph: Graph) -> Non
     assert graph.tensor("head.weight").shape == (4, 4)
 
 
+def test_the_same_channels_in_another_dimension_share_their_factors() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            return self.head((tokens + self.mix(tokens.relu())).mean(1))  # type: ignore[no-any-return]
+
+    graph = trace(Patches().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    insert(graph, masks={"mix": [0, 2, 1, 1, 1, 0, 1, 1]})
+    found = [graph.layer(node) for node in graph.nodes if isinstance(graph.layer(node), ChannelMask)]
+    one, two = (layer for layer in found if isinstance(layer, ChannelMask))
+    assert (one.dim, two.dim) == (1, 2)
+    assert one.mask is two.mask
+    outputs = run(graph)
+    run_pass(PruneChannels(masks="given"), graph, Context(original=graph.copy()))
+    assert distance(outputs, run(graph)) < 1e-12
+    assert graph.tensor("embed.weight").shape[0] == 6
+
+
 def test_masks_of_half_precision_and_of_tokens() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
