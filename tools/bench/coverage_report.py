@@ -18,6 +18,7 @@ Records = dict[str, dict[str, Facts]]  # network → side → facts
 OURS, PEER = SIDES
 UNITS = {
     "cuttable": "share of MACs",
+    "cuttable_refit": "share of MACs",
     "macs_left": "share of MACs",
     "distance": "relative",
     "distance_double": "relative",
@@ -29,9 +30,14 @@ UNITS = {
 GOALS: dict[str, tuple[str, Callable[[Facts], bool | None]]] = {
     "cut": ("50 % of MACs ± 2 %", lambda facts: bool(facts.get("cut"))),
     "distance": ("< 1e-4, or < 1e-9 in double", lambda facts: exact(facts) if facts.get("cut") else None),
-    "cuttable": ("CNN: ≥ 0.9", lambda facts: facts["cuttable"] >= 0.9 if facts.get("kind") == "cnn" else None),
+    "cuttable": ("CNN: ≥ 0.9", lambda facts: reach(facts) >= 0.9 if facts.get("kind") == "cnn" else None),
     "reloaded": ("equal", lambda facts: bool(facts["reloaded"])),
 }
+
+
+def reach(facts: Facts) -> float:
+    """Share of the MACs that can be cut, by the default or with norms refitted."""
+    return max(float(facts["cuttable"]), float(facts.get("cuttable_refit", 0.0)))
 
 
 def exact(facts: Facts) -> bool:
@@ -81,11 +87,11 @@ def put_record(path: Path, head: Row, name: str, side: str, facts: Facts) -> Non
         write_rows(path, [head, *summary(records), *to_rows(records)])
 
 
-COLUMNS = ("network", "kind", "exported", "labelled", "cuttable", "MACs left", "oracle", "double", "own code",
-           "reloaded", "trace s", "label s", "cut s", "Torch-Pruning", "MACs left", "graph s", "prune s",
+COLUMNS = ("network", "kind", "exported", "labelled", "cuttable", "refit", "MACs left", "norms", "oracle", "double",
+           "own code", "reloaded", "trace s", "label s", "cut s", "Torch-Pruning", "MACs left", "graph s", "prune s",
            "why not")  # fmt: skip
-FIELDS = ("exported", "labelled", "cuttable", "macs_left", "distance", "distance_double", "original_distance",
-          "reloaded", "trace_seconds", "label_seconds", "cut_seconds")  # fmt: skip
+FIELDS = ("exported", "labelled", "cuttable", "cuttable_refit", "macs_left", "norms", "distance", "distance_double",
+          "original_distance", "reloaded", "trace_seconds", "label_seconds", "cut_seconds")  # fmt: skip
 
 
 def cells(name: str, sides: dict[str, Facts]) -> list[str]:
@@ -188,9 +194,13 @@ def _cnn_rows(records: Records, members: list[str]) -> list[Row]:
     facts = [records[n][OURS] for n in members if "cuttable" in records[n].get(OURS, {})]
     if not facts:
         return []
-    reach = sum(fact["cuttable"] >= 0.9 for fact in facts)
-    goal, met = "all", reach == len(facts)
-    return [Row("summary: all CNNs", "≥ 90 % of MACs can be cut", f"{reach}/{len(facts)}", "networks", None, goal, met)]
+    default = sum(fact["cuttable"] >= 0.9 for fact in facts)
+    refit = sum(reach(fact) >= 0.9 for fact in facts)
+    case, metric = "summary: all CNNs", "≥ 90 % of MACs can be cut"
+    rows = [
+        Row(case, f"{metric}, norms kept or refitted", _of(refit, facts), "networks", None, "all", refit == len(facts))
+    ]
+    return [*rows, Row(case, f"{metric}, norms kept", _of(default, facts), "networks")]
 
 
 def _wrong_rows(records: Records) -> list[Row]:
