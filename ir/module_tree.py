@@ -96,7 +96,6 @@ def build_tree(graph: fx.Graph, store: Store, layers: Mapping[str, nn.Module]) -
         _home(module, layers, path)
     _share_layers(module, store, called)
     module.graph = graph
-    module.recompile()
     return module
 
 
