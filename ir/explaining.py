@@ -69,11 +69,15 @@ def explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], err
 
     The model (in evaluation mode) is run once on the inputs to tell the first case.
     """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as eager:  # whatever the model raises is what is to be explained
         return _bad_inputs(model, args, kwargs, eager)
+    finally:
+        for buffer, value in buffers:  # a model may count its calls
+            buffer.copy_(value)
     line = _line(error)
     text = str(error)
     if any(word in text for word in _VALUES) or "Data" in type(error).__name__:

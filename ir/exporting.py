@@ -106,7 +106,15 @@ def _any_batch(program: ExportedProgram) -> bool:
     nodes = [size.node for size in _batches(program)]
     symbols = {node.expr for node in nodes}
     guards = [guard.expr for node in nodes[:1] if node.shape_env is not None for guard in node.shape_env.guards]
-    return not any(guard.subs(dict.fromkeys(symbols, batch)) == False for guard in guards for batch in _OTHERS)  # noqa: E712 - sympy's own false
+    return all(_holds(guard, dict.fromkeys(symbols, batch)) for guard in guards for batch in _OTHERS)
+
+
+def _holds(guard: Any, sizes: dict[Any, int]) -> bool:
+    """Whether a condition on symbols holds for these sizes, or does not speak of them alone."""
+    try:
+        return bool(guard.subs(sizes) != False)  # noqa: E712 - sympy's own false is not Python's
+    except ZeroDivisionError:
+        return False
 
 
 def _batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, Any, ShapesCollection], int]:

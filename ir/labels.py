@@ -25,6 +25,7 @@ from scipy.sparse import csgraph, csr_matrix
 from torch import Tensor, fx
 
 from .graph import Graph, TensorSpec
+from .nodes import call, shape_of
 
 IntArray = npt.NDArray[np.int64]
 PINNED = 0
@@ -120,7 +121,7 @@ class Labels:
                 args = fx.map_arg(node.args, self._constant_argument)
                 kwargs = fx.map_arg(node.kwargs, self._constant_argument)
                 with torch.no_grad():
-                    self._computed[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    self._computed[node] = call(node, *args, **kwargs)
         return self._computed[node]
 
     def _constant_argument(self, node: fx.Node) -> Any:
@@ -219,13 +220,6 @@ class Labels:
         return classes, int(count)
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a tensor node on the example inputs."""
-    spec = node.meta["spec"]
-    assert isinstance(spec, TensorSpec), f"{node.name} has no tensor shape"
-    return spec.shape
-
-
 def zeros(shape: Sequence[int]) -> Tensor:
     """Labels of positions that belong to nothing that may be cut."""
     return _ZERO.expand(tuple(shape))
@@ -265,11 +259,6 @@ def compress(labels: Tensor) -> Tensor:
         if bool((labels == first).all()):
             labels = first.expand(shape)
     return labels
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by its position or its name in the op's schema."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def restride(x: Tensor, shape: Sequence[int]) -> Tensor:

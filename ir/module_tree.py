@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ModelError
+from .errors import ModelError, TraceError
 
 
 class Store:
@@ -113,12 +113,12 @@ def _copy(tensor: Tensor) -> Tensor:
 def _hold(root: nn.Module, layers: Mapping[str, nn.Module], name: str, tensor: Tensor, persistent: bool) -> None:
     path, _, leaf = name.rpartition(".")
     owner = _home(root, layers, path)
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    _check_free(owner, leaf, name)
     if isinstance(tensor, nn.Parameter):
-        owner._buffers.pop(leaf, None)
         owner.register_parameter(leaf, tensor)
     else:
-        owner._parameters.pop(leaf, None)
-        owner._buffers.pop(leaf, None)
         owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
@@ -128,11 +128,20 @@ def _home(root: nn.Module, layers: Mapping[str, nn.Module], path: str) -> nn.Mod
     for part in path.split(".") if path else ():
         at = f"{at}.{part}" if at else part
         if part not in module._modules:
+            _check_free(module, part, at)
             module.add_module(part, layers[at] if at in layers else nn.Module())
         child = module._modules[part]
         assert child is not None
         module = child
     return module
+
+
+def _check_free(owner: nn.Module, name: str, path: str) -> None:
+    if hasattr(owner, name):
+        raise TraceError(
+            f"{path!r} has the name of an attribute of {type(owner).__name__}, which takes its place in the graph",
+            hint="Rename it in the model.",
+        )
 
 
 def _share_layers(root: nn.Module, store: Store, called: set[str]) -> None:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from .errors import CutError
 from .graph import TensorSpec
 from .labels import IntArray
+from .nodes import arguments, operand, set_argument, shape_of
 
 if TYPE_CHECKING:
     from .cut import Cut
@@ -83,26 +84,8 @@ LAYERS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
 
 def _kept_inputs(cut: Cut, node: fx.Node, count: int) -> int:
     """Channels that stay of a node's first input; a layer that was already fitted (shared) gives the same again."""
-    found = cut.axis(node.args[0])  # type: ignore[arg-type]
+    found = cut.axis(operand(node))
     return count if found is None else int(found[1].sum())
-
-
-def _argument(node: fx.Node, name: str) -> tuple[int | None, Any]:
-    """Position and value of a schema argument; position None where it is a keyword or left out."""
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            if position < len(node.args):
-                return position, node.args[position]
-            return None, node.kwargs.get(name, argument.default_value)
-    return None, None
-
-
-def _set(node: fx.Node, name: str, value: Any) -> None:
-    position, _ = _argument(node, name)
-    if position is None:
-        node.update_kwarg(name, value)
-    else:
-        node.update_arg(position, value)
 
 
 def sizes(cut: Cut, node: fx.Node, new: fx.Node) -> None:
@@ -111,12 +94,13 @@ def sizes(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     if found is None:
         return
     dim, stays = found
-    name = "shape" if _argument(node, "shape")[1] is not None else "size"
-    given = list(_argument(new, name)[1])
+    stated = arguments(new)
+    name = "shape" if "shape" in stated else "size"
+    given = list(stated[name])
     offset = len(node.meta["spec"].shape) - len(given)  # `repeat`-like ops may state more, never fewer
     if given[dim - offset] != -1:
         given[dim - offset] = _scaled(new, given[dim - offset], int(stays.sum()), len(stays))
-        _set(new, name, given)
+        set_argument(new, name, given)
 
 
 def _scaled(new: fx.Node, size: Any, kept: int, total: int) -> Any:
@@ -138,18 +122,18 @@ def unflatten(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     if found is None:
         return
     dim, stays = found
-    given = list(_argument(new, "sizes")[1])
-    at = int(_argument(new, "dim")[1]) % len(node.args[0].meta["spec"].shape)  # type: ignore[union-attr]
+    stated = arguments(new)
+    given, at = list(stated["sizes"]), stated["dim"] % len(shape_of(operand(node)))
     if at <= dim < at + len(given) and given[dim - at] != -1:
         given[dim - at] = _scaled(new, given[dim - at], int(stays.sum()), len(stays))
-        _set(new, "sizes", given)
+        set_argument(new, "sizes", given)
 
 
 def split(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """split, chunk: explicit sizes of the pieces."""
     pieces: Any = cut.labels.values[node]
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
-    dim = int(_argument(node, "dim")[1] or 0) % pieces[0].dim()
+    source = cut.axis(operand(node))
+    dim = arguments(node)["dim"] % pieces[0].dim()
     if source is None or source[0] != dim:
         return
     widths = []
@@ -162,9 +146,8 @@ def split(cut: Cut, node: fx.Node, new: fx.Node) -> None:
 
 def slices(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """slice, narrow: where the piece begins and ends among what stays."""
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
-    rank = len(node.args[0].meta["spec"].shape)  # type: ignore[union-attr]
-    dim = int(_argument(node, "dim")[1] or 0) % rank
+    source = cut.axis(operand(node))
+    dim = arguments(node)["dim"] % len(shape_of(node))
     if source is None or source[0] != dim:
         return
     stays = source[1]
@@ -184,10 +167,11 @@ def slices(cut: Cut, node: fx.Node, new: fx.Node) -> None:
 
 def _window(node: fx.Node, length: int) -> slice:
     """The positions that slice or narrow takes."""
+    given = arguments(node)
     if node.target is aten.narrow.default:
-        start = int(node.args[2]) % length  # type: ignore[arg-type]
-        return slice(start, start + int(node.args[3]))  # type: ignore[arg-type]
-    return slice(_argument(node, "start")[1], _argument(node, "end")[1], _argument(node, "step")[1] or 1)
+        start = given["start"] % length
+        return slice(start, start + given["length"])
+    return slice(given["start"], given["end"], given["step"])
 
 
 def _gathered(new: fx.Node, dim: int, wanted: IntArray) -> None:
@@ -209,12 +193,13 @@ def _index_buffer(new: fx.Node, wanted: IntArray) -> fx.Node:
 
 def slice_scatter(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """slice_scatter(x, src, dim, start, end): where the piece goes among what stays."""
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
-    dim = int(_argument(node, "dim")[1] or 0) % len(node.meta["spec"].shape)
+    source = cut.axis(operand(node))
+    given = arguments(node)
+    dim = given["dim"] % len(shape_of(node))
     if source is None or source[0] != dim:
         return
     stays = source[1]
-    start, end, step = slice(*(_argument(node, name)[1] for name in ("start", "end", "step"))).indices(len(stays))
+    start, end, step = slice(given["start"], given["end"], given["step"]).indices(len(stays))
     if step != 1:
         raise CutError(f"{node.name} writes every {step}th channel, which cannot be cut")
     new.args = (*new.args[:2], dim, int(stays[:start].sum()), int(stays[:end].sum()), 1)
@@ -223,23 +208,24 @@ def slice_scatter(cut: Cut, node: fx.Node, new: fx.Node) -> None:
 
 def select(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """select(x, dim, index): the index among what stays."""
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
-    dim = int(node.args[1]) % len(node.args[0].meta["spec"].shape)  # type: ignore[arg-type, union-attr]
+    source = cut.axis(operand(node))
+    given = arguments(node)
+    dim = given["dim"] % len(shape_of(operand(node)))
     if source is not None and source[0] == dim:
-        position = int(node.args[2]) % len(source[1])  # type: ignore[arg-type]
+        position = given["index"] % len(source[1])
         new.update_arg(2, int(source[1][:position].sum()))
 
 
 def gather(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """index and index_select with constant indices along the cut dimension."""
-    source, result = cut.axis(node.args[0]), cut.axis(node)  # type: ignore[arg-type]
+    source, result, stated = cut.axis(operand(node)), cut.axis(node), arguments(node)
     if source is None:
         return
     dim, stays = source
     if node.target is aten.index_select.default:
-        indexed, indices = int(node.args[1]) % len(node.meta["spec"].shape), node.args[2]  # type: ignore[arg-type]
+        indexed, indices = stated["dim"] % len(shape_of(node)), stated["index"]
     else:
-        listed: Any = node.args[1]
+        listed = stated["indices"]
         given = [d for d, i in enumerate(listed) if i is not None]
         if dim not in given:
             return
@@ -260,7 +246,7 @@ def gather(cut: Cut, node: fx.Node, new: fx.Node) -> None:
 def pad(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """Padding along channels: how many of the new channels stay on either side."""
     found = cut.axis(node)
-    amounts = list(node.args[1])  # type: ignore[arg-type]
+    amounts = list(arguments(node)["pad"])
     rank = len(node.meta["spec"].shape)
     if found is None or 2 * (rank - 1 - found[0]) >= len(amounts):
         return
@@ -278,34 +264,32 @@ def pad(cut: Cut, node: fx.Node, new: fx.Node) -> None:
 
 def convolution(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """A functional depthwise convolution has as many groups as channels stay."""
-    count = _argument(node, "groups")[1]
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    count = arguments(node)["groups"]
+    source = cut.axis(operand(node))
     if source is not None and count > 1 and count == len(source[1]):
-        _set(new, "groups", int(source[1].sum()))
+        set_argument(new, "groups", int(source[1].sum()))
 
 
 def group_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """Functional group norm: whole groups have gone."""
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    source = cut.axis(operand(node))
     if source is not None:
-        size = len(source[1]) // int(node.args[1])  # type: ignore[arg-type]
+        size = len(source[1]) // arguments(node)["num_groups"]
         new.update_arg(1, max(1, int(source[1].sum()) // size))
 
 
 def layer_norm(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """Functional layer or RMS norm over what stays."""
-    source = cut.axis(node.args[0])  # type: ignore[arg-type]
+    source = cut.axis(operand(node))
     if source is not None and node in cut.labels.refitted:
         new.update_arg(1, [int(source[1].sum())])
 
 
 def attention(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """The default scale of attention, 1/sqrt(width), stays that of the original width."""
-    query = node.args[0]
-    source = cut.axis(query)  # type: ignore[arg-type]
-    width = query.meta["spec"].shape[-1]  # type: ignore[union-attr]
-    if source is not None and source[0] == len(query.meta["spec"].shape) - 1 and node.kwargs.get("scale") is None:  # type: ignore[union-attr]
-        new.update_kwarg("scale", float(width) ** -0.5)
+    source, shape = cut.axis(operand(node)), shape_of(operand(node))
+    if source is not None and source[0] == len(shape) - 1 and arguments(node)["scale"] is None:
+        new.update_kwarg("scale", float(shape[-1]) ** -0.5)
 
 
 def rescale(cut: Cut, node: fx.Node, new: fx.Node) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import GraphError, VerifyError
+from .nodes import arguments, call, operand
 
 if TYPE_CHECKING:
     from .cut import Cut
@@ -277,10 +278,10 @@ class MaskedNetwork(_Network):
         if n not in self._refitted:
             return super().run_node(n)
         dim, kept = self._refitted[n]
-        x = self.env[n.args[0]]  # type: ignore[index]
+        x = self.env[operand(n)]
         if n.op == "call_function" and "norm" not in str(n.target):  # a mean or variance
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            return n.target(x.index_select(dim, kept), *args[1:], **kwargs)  # type: ignore[operator]
+            return call(n, x.index_select(dim, kept), *args[1:], **kwargs)
         result = _norm_of_kept(self.module, n, x.index_select(dim, kept), kept, self.env)
         return torch.zeros_like(x, dtype=result.dtype).index_copy(dim, kept, result)
 
@@ -295,17 +296,15 @@ class MaskedNetwork(_Network):
         return fx.map_arg(args, load)
 
 
-def _norm_of_kept(module: nn.Module, node: fx.Node, x: Tensor, kept: Tensor, env: dict[fx.Node, Any]) -> Tensor:
+def _norm_of_kept(module: nn.Module, node: fx.Node, x: Tensor, kept: Tensor, env: dict[Any, Any]) -> Tensor:
     """A layer, RMS or group norm on some of its channels."""
     if node.op == "call_module":
         layer: Any = module.get_submodule(str(node.target))
         weight, bias, eps, kind = layer.weight, getattr(layer, "bias", None), layer.eps, type(layer).__name__
     else:
-        given = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
-        given |= dict(zip(given, node.args, strict=False)) | node.kwargs
-        weight, bias = (env.get(given[n]) if isinstance(given.get(n), fx.Node) else None for n in ("weight", "bias"))  # type: ignore[arg-type]
-        eps = given["eps"]
-        kind = {"aten::rms_norm": "RMSNorm", "aten::group_norm": "GroupNorm"}.get(node.target._schema.name, "LayerNorm")  # type: ignore[union-attr]
+        given = arguments(node)
+        weight, bias, eps = env.get(given["weight"]), env.get(given.get("bias")), given["eps"]
+        kind = {"aten.rms_norm": "RMSNorm", "aten.group_norm": "GroupNorm"}.get(str(node.target)[:-8], "LayerNorm")
     weight, bias = (None if t is None else t.index_select(0, kept) for t in (weight, bias))
     if kind == "RMSNorm":
         return F.rms_norm(x, (len(kept),), weight, eps)

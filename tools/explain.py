@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from ..ir.graph import Graph
 from ..ir.groups import Groups, find_groups
-from ..ir.labels import shape_of
+from ..ir.nodes import shape_of
 from ..ir.reasons import Locked, Reason, find_locked
 from ..ir.trace import Inputs, trace
 

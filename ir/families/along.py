@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph import TensorSpec
-from ..labels import Labels, argument, restride, unlabelled, varies, varying
+from ..labels import Labels, restride, unlabelled, varies, varying
+from ..nodes import arguments, operand
 
 Rule = Callable[[Labels, fx.Node], Any]
 
@@ -35,13 +36,13 @@ def _restride_last(x: Tensor, shape: Sequence[int], count: int) -> Tensor:
 def softmax(labels: Labels, node: fx.Node) -> Any:
     """Positions that are normalised against each other live and die together."""
     x = labels.read(node.args[0])
-    return labels.tie(x, [int(node.args[1]) % x.dim()])  # type: ignore[arg-type]
+    return labels.tie(x, [arguments(node)["dim"] % x.dim()])
 
 
 def glu(labels: Labels, node: fx.Node) -> Any:
     """First half times the sigmoid of the second half along a dimension."""
     x = labels.read(node.args[0])
-    dim = int(argument(node, 1, "dim", -1)) % x.dim()
+    dim = arguments(node)["dim"] % x.dim()
     first, second = x.chunk(2, dim)
     labels.unite(first, second)
     return first
@@ -66,7 +67,7 @@ def reduction(kind: str) -> Rule:
             elif kind not in ("sum", "mean"):
                 labels.pin(x, f"{node.target} over the channels would change its result")
             elif _inner(labels, x, dims):
-                labels.readers[node] = (node.args[0],)  # type: ignore[assignment]
+                labels.readers[node] = (operand(node),)
                 if kind == "mean":
                     labels.rescaled[node] = x
             else:
@@ -94,22 +95,18 @@ def _without(x: Tensor, dims: Sequence[int], keep: bool, node: fx.Node) -> Any:
 
 def _reduced(node: fx.Node, rank: int) -> tuple[list[int], bool]:
     """Dimensions over which a reduction runs, and whether it keeps them with size 1."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: Any = None
-    for name in ("dim", "dims"):
-        if name in names:
-            given = argument(node, names.index(name), name)
-    keep = bool(argument(node, names.index("keepdim"), "keepdim", False)) if "keepdim" in names else False
+    stated = arguments(node)
+    given = stated.get("dim", stated.get("dims"))
+    keep = bool(stated.get("keepdim", False))
     if given is None or given == []:
         return list(range(rank)), keep
-    return [int(d) % rank for d in ([given] if isinstance(given, int) else given)], keep
+    return [d % rank for d in ([given] if isinstance(given, int) else given)], keep
 
 
 def along_dim(labels: Labels, node: fx.Node) -> Any:
     """cumsum, sort and the like: fine along dimensions that are not labelled."""
     x = labels.read(node.args[0])
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    dim = int(argument(node, names.index("dim"), "dim", -1)) % x.dim()
+    dim = arguments(node)["dim"] % x.dim()
     if varies(x, dim):
         labels.pin(x, f"{node.target} runs along the channels")
         return unlabelled(node.meta["spec"])

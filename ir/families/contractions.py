@@ -8,20 +8,21 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..labels import Labels, Term, along, channel_vector, collapse, shape_of, varies, varying, zeros
+from ..labels import Labels, Term, along, channel_vector, collapse, varies, varying, zeros
+from ..nodes import arguments, shape_of
 from .pointwise import adopt, align
 from .producers import Weight, data_input, dynamic
 
 
 def matmul(labels: Labels, node: fx.Node) -> Any:
     """matmul, bmm and mm as an einsum over named dimensions."""
-    a, b = node.args[:2]
-    ranks = len(shape_of(a)), len(shape_of(b))  # type: ignore[arg-type]
+    a, b = list(arguments(node).values())[:2]
+    ranks = len(shape_of(a)), len(shape_of(b))
     batch = "abcdefgh"[: max(ranks) - 2] if max(ranks) > 2 else ""
     left = (batch[len(batch) - max(0, ranks[0] - 2) :] + "xk")[-ranks[0] :] if ranks[0] > 1 else "k"
     right = batch[len(batch) - max(0, ranks[1] - 2) :] + "ky" if ranks[1] > 1 else "k"
     result = batch + ("x" if ranks[0] > 1 else "") + ("y" if ranks[1] > 1 else "")
-    return contract(labels, node, (a, left), (b, right), result)  # type: ignore[arg-type]
+    return contract(labels, node, (a, left), (b, right), result)
 
 
 def einsum(labels: Labels, node: fx.Node) -> Any:
@@ -38,19 +39,20 @@ def einsum(labels: Labels, node: fx.Node) -> Any:
 
 def attention(labels: Labels, node: fx.Node) -> Any:
     """scaled_dot_product_attention(q, k, v, mask): softmax(q k^T s + mask) v."""
-    query, key, value = node.args[:3]
-    rank = len(shape_of(query))  # type: ignore[arg-type]
+    given = arguments(node)
+    query, key, value = given["query"], given["key"], given["value"]
+    rank = len(shape_of(query))
     heads = "abcdefgh"[: rank - 2]
-    scores_shape = (*shape_of(query)[:-1], shape_of(key)[-2])  # type: ignore[arg-type]
-    scores = contract(labels, node, (query, heads + "xk"), (key, heads + "yk"), heads + "xy", shape=scores_shape)  # type: ignore[arg-type]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    scores_shape = (*shape_of(query)[:-1], shape_of(key)[-2])
+    scores = contract(labels, node, (query, heads + "xk"), (key, heads + "yk"), heads + "xy", shape=scores_shape)
+    mask = given["attn_mask"]
     if isinstance(mask, fx.Node):
         if labels.is_constant(mask):
             adopt(labels, labels.representative(mask), scores)
         else:
             labels.unite(align(labels.read(mask), scores.shape).expand(scores.shape), scores)
     scores = labels.tie(scores, [rank - 1])
-    return contract(labels, node, (scores, heads + "xk"), (value, heads + "ky"), heads + "xy")  # type: ignore[arg-type]
+    return contract(labels, node, (scores, heads + "xk"), (value, heads + "ky"), heads + "xy")
 
 
 def contract(
@@ -81,8 +83,8 @@ def contract(
     brought: list[Tensor] = []
     inner: tuple[Tensor, ...] = ()
     if any(side.moves(summed) for side in sides):
-        for side, other in zip(sides, reversed(sides), strict=True):
-            side.tie(letter for letter in result if letter not in other.letters)
+        for side, partner in zip(sides, reversed(sides), strict=True):
+            side.tie(letter for letter in result if letter not in partner.letters)
         left, right = (side.spread(order, sizes) for side in sides)
         labels.unite(left, right)
         lead = left if sides[0].moves(summed) else right

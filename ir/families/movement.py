@@ -11,16 +11,15 @@ from torch import Tensor, fx
 from ..labels import (
     Labels,
     along,
-    argument,
     channel_vector,
     collapse,
     compress,
     restride,
-    shape_of,
     varies,
     varying,
     zeros,
 )
+from ..nodes import arguments, call, shape_of
 from .pointwise import align
 
 
@@ -31,11 +30,11 @@ def same(labels: Labels, node: fx.Node) -> Any:
 
 def movement(labels: Labels, node: fx.Node) -> Any:
     """Run the same op on the labels."""
-    args = fx.map_arg(node.args, labels.read)
-    kwargs = fx.map_arg(node.kwargs, labels.read)
     if node.target in _VIEWS:
-        return _reshape(args[0], node.meta["spec"].shape)
-    moved: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _reshape(labels.read(node.args[0]), shape_of(node))
+    args: Any = fx.map_arg(node.args, labels.read)
+    kwargs: Any = fx.map_arg(node.kwargs, labels.read)
+    moved = call(node, *args, **kwargs)
     if isinstance(moved, Tensor):
         return compress(moved) if moved.numel() > 4096 and moved.is_contiguous() else moved
     return tuple(moved)
@@ -49,12 +48,13 @@ def _reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
         before += 1
     while after < limit - before and x.shape[-1 - after] == shape[-1 - after] and not varies(x, x.dim() - 1 - after):
         after += 1
-    inner = x[(0,) * before]
-    inner = inner[(..., *(0,) * after)] if after else inner
-    inner = inner.reshape(tuple(shape)[before : len(shape) - after])
-    if inner.numel() > 4096 and inner.is_contiguous():
-        inner = compress(inner)
-    return inner[(None,) * before + (...,) + (None,) * after].expand(tuple(shape))
+    for dim in (*range(before), *range(x.dim() - after, x.dim())):
+        x = x.narrow(dim, 0, 1)
+    inner = [1] * before + list(shape[before : len(shape) - after]) + [1] * after
+    x = x.reshape(inner)
+    if x.numel() > 4096 and x.is_contiguous():
+        x = compress(x)
+    return x.expand(tuple(shape))
 
 
 _VIEWS = {
@@ -69,7 +69,7 @@ _VIEWS = {
 def permutation_along(labels: Labels, node: fx.Node) -> Any:
     """roll and flip: nothing happens along dimensions where labels do not change."""
     x = labels.read(node.args[0])
-    dims = argument(node, 2 if "roll" in str(node.target) else 1, "dims", [])
+    dims = arguments(node)["dims"]
     if dims and not any(varies(x, d % x.dim()) for d in dims):
         return x
     if "roll" in str(node.target):
@@ -90,9 +90,9 @@ def expand(labels: Labels, node: fx.Node) -> Any:
 def concatenate(labels: Labels, node: fx.Node) -> Any:
     """cat and stack; where labels change along other dimensions, the pieces are tied across the joined one."""
     shape = shape_of(node)
-    dim = int(argument(node, 1, "dim", 0)) % len(shape)
+    dim = arguments(node)["dim"] % len(shape)
     stacking = "stack" in str(node.target)
-    pieces = [_piece(labels, source, dim, stacking) for source in node.args[0]]  # type: ignore[union-attr]
+    pieces = [_piece(labels, source, dim, stacking) for source in arguments(node)["tensors"]]
     pieces = [piece for piece in pieces if piece.numel()]
     if any(d != dim for piece in pieces for d in varying(piece)):
         first = labels.tie(pieces[0], [dim]).narrow(dim, 0, 1)
@@ -115,24 +115,26 @@ def _piece(labels: Labels, source: Any, dim: int, stacking: bool) -> Tensor:
 
 def index(labels: Labels, node: fx.Node) -> Any:
     """Gather by constant indices; computed indices may gather only along dimensions that are not labelled."""
-    x, indices = labels.read(node.args[0]), node.args[1]
-    indexed = [d for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
-    if not any(varies(x, d) for d in indexed) and len(indexed) == 1 and len(shape_of(indices[indexed[0]])) == 1:  # type: ignore[index]
+    x, indices = labels.read(node.args[0]), arguments(node)["indices"]
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    one_list = len(indexed) == 1 and len(shape_of(indices[indexed[0]])) == 1
+    if one_list and not varies(x, indexed[0]):
         return collapse_dim(x, indexed[0]).expand(shape_of(node))
-    if not all(i is None or labels.is_constant(i) for i in indices):  # type: ignore[union-attr]
+    if not all(i is None or labels.is_constant(i) for i in indices):
         return labels.unknown_operation(node)
-    real = [None if i is None else labels.constant_value(i) for i in indices]  # type: ignore[union-attr]
+    real = [None if i is None else labels.constant_value(i) for i in indices]
     return compress(torch.ops.aten.index.Tensor(x, real))
 
 
 def index_select(labels: Labels, node: fx.Node) -> Any:
     """Gather along one dimension by constant indices."""
-    x, dim = labels.read(node.args[0]), int(node.args[1]) % len(shape_of(node))  # type: ignore[arg-type]
+    given = arguments(node)
+    x, dim = labels.read(node.args[0]), given["dim"] % len(shape_of(node))
     if not varies(x, dim):
         return collapse_dim(x, dim).expand(shape_of(node))
-    if not labels.is_constant(node.args[2]):
+    if not labels.is_constant(given["index"]):
         return labels.unknown_operation(node)
-    return compress(x.index_select(dim, labels.constant_value(node.args[2])))  # type: ignore[arg-type]
+    return compress(x.index_select(dim, labels.constant_value(given["index"])))
 
 
 def collapse_dim(x: Tensor, dim: int) -> Tensor:
@@ -143,12 +145,12 @@ def collapse_dim(x: Tensor, dim: int) -> Tensor:
 def pad(labels: Labels, node: fx.Node) -> Any:
     """Padding along channels with a constant makes new channels, which get atoms of their own."""
     x, shape = labels.read(node.args[0]), shape_of(node)
-    amounts: Any = node.args[1]
+    amounts = next(v for k, v in arguments(node).items() if k in ("pad", "padding"))
     touched = [x.dim() - 1 - i // 2 for i, n in enumerate(amounts) if n != 0]
     moving = [d for d in set(touched) if varies(x, d)]
     if not moving:
         return restride(x, shape)
-    mode = argument(node, 2, "mode", "constant") if "constant" not in str(node.target) else "constant"
+    mode = arguments(node).get("mode", "constant")
     if mode != "constant" or len(varying(x)) > 1:
         labels.pin(x, f"is padded along its channels (mode {mode})")
         return zeros(shape)
@@ -176,7 +178,7 @@ def pixel_unshuffle(labels: Labels, node: fx.Node) -> Any:
 
 def channel_shuffle(labels: Labels, node: fx.Node) -> Any:
     """The native channel shuffle moves position j of every group: groups are tied."""
-    x, groups = labels.read(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
+    x, groups = labels.read(node.args[0]), arguments(node)["groups"]
     grid = labels.tie(channel_vector(labels, x, 1).view(groups, -1), [0])
     return along(grid.t().reshape(-1), 1, shape_of(node))
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..labels import Labels, along, channel_vector, varies, varying, zeros
+from ..nodes import arguments
 from .pointwise import adopt
 
 
@@ -23,7 +24,9 @@ def batch_norm_op(labels: Labels, node: fx.Node) -> Any:
 
 def layer_norm_op(labels: Labels, node: fx.Node) -> Any:
     """Functional layer or RMS norm."""
-    return normalized(labels, node, len(node.args[1]), [a for a in node.args[2:4] if isinstance(a, fx.Node)])  # type: ignore[arg-type]
+    given = arguments(node)
+    parameters = [given[name] for name in ("weight", "bias") if isinstance(given.get(name), fx.Node)]
+    return normalized(labels, node, len(given["normalized_shape"]), parameters)
 
 
 def normalized(labels: Labels, node: fx.Node, count: int, parameters: Sequence[fx.Node] = ()) -> Tensor:
@@ -46,7 +49,7 @@ def normalized(labels: Labels, node: fx.Node, count: int, parameters: Sequence[f
 
 def group_norm_op(labels: Labels, node: fx.Node) -> Any:
     """Functional group norm."""
-    vector, result = grouped_norm(labels, node, int(node.args[1]))  # type: ignore[arg-type]
+    vector, result = grouped_norm(labels, node, arguments(node)["num_groups"])
     for parameter in node.args[2:4]:
         if isinstance(parameter, fx.Node):
             adopt(labels, labels.representative(parameter), vector)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph import TensorSpec
-from ..labels import Labels, collapse, shape_of, varying, zeros
+from ..labels import Labels, collapse, varying, zeros
+from ..nodes import shape_of
 
 
 def pointwise(labels: Labels, node: fx.Node) -> Any:

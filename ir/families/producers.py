@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph import TensorSpec
-from ..labels import Labels, Term, along, channel_vector, collapse, shape_of, unlabelled, varies, varying, zeros
+from ..labels import Labels, Term, along, channel_vector, collapse, unlabelled, varies, varying, zeros
+from ..nodes import arguments, operand, shape_of
 
 
 class Weight:
@@ -52,15 +53,13 @@ def convolution_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> A
 
 def convolution_op(labels: Labels, node: fx.Node) -> Any:
     """A functional convolution, whose weight is a value of the graph."""
-    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(schema, node.args, strict=False)) | node.kwargs
-    weight, bias = given["weight"], given.get("bias")
+    given = arguments(node)
+    weight, bias = given["weight"], given["bias"]
     if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
         return dynamic(labels, node)
     transposed = "transpose" in str(node.target) or bool(given.get("transposed", False))
     name = constant_name(bias) if isinstance(bias, fx.Node) else None
-    groups = int(given.get("groups", 1))  # type: ignore[arg-type]
-    return convolve(labels, node, Weight(labels, weight), name, groups, transposed)  # type: ignore[arg-type]
+    return convolve(labels, node, Weight(labels, weight), name, given["groups"], transposed)
 
 
 def dynamic(labels: Labels, node: fx.Node) -> Any:
@@ -77,7 +76,7 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
     Weights have shape (O, I/groups, *kernel), transposed ones (I, O/groups, *kernel). Depthwise convolutions pass
     labels through; grouped ones tie position j of every group, for all groups must stay equally wide.
     """
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    source = operand(node)
     x, shape = data_input(labels, source), shape_of(node)
     rank = len(weight.shape) - 2
     channel = len(shape) - rank - 1
@@ -113,8 +112,7 @@ def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
 
 def linear_op(labels: Labels, node: fx.Node) -> Any:
     """A functional linear, whose weight is a value of the graph."""
-    weight: Any = node.args[1]
-    bias: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    weight, bias = arguments(node)["weight"], arguments(node)["bias"]
     if not labels.is_constant(weight) or not (bias is None or labels.is_constant(bias)):
         return dynamic(labels, node)
     return linear(labels, node, Weight(labels, weight), constant_name(bias) if bias is not None else None)
@@ -126,7 +124,7 @@ def linear(labels: Labels, node: fx.Node, weight: Weight, bias: str | None) -> A
     Where the last dimension is not labelled but another is (mixing tokens, channels along another axis), the labels
     pass and the weight stays as it is.
     """
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    source = operand(node)
     x, shape = data_input(labels, source), shape_of(node)
     labels.readers[node] = (source,)
     last = x.dim() - 1

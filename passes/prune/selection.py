@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...ir.groups import Group, Groups
-from ...ir.labels import IntArray
+from ...ir.labels import IntArray, Slot
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -55,9 +55,9 @@ def _widths(groups: Groups, group: Group, round_to: int, floor: int) -> range:
     return range(most, least - 1, -step)
 
 
-def _channels_per_class(groups: Groups, group: Group, slot: object) -> int:
+def _channels_per_class(groups: Groups, group: Group, slot: Slot) -> int:
     """Channels that one class of a group stands for in one of its slots (the heads of an attention, say)."""
-    vector = groups.vector(groups.labels.slots[slot])  # type: ignore[index]
+    vector = groups.vector(groups.labels.slots[slot])
     return max(1, int(np.isin(vector, group.classes).sum()) // group.channels)
 
 
