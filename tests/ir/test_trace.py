@@ -410,6 +410,25 @@ def test_wrong_inputs_are_named(
     assert model.training
 
 
+def test_names_that_the_graph_needs_itself_are_refused() -> None:
+    model = nn.Module()
+    model.graph = nn.Conv2d(3, 3, 1)
+    model.forward = model.graph.forward  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match="'graph' has the name of an attribute of GraphModule"):
+        trace(model, torch.randn(X))
+
+
+def test_failed_trace_does_not_count_as_a_call() -> None:
+    class CountingBranch(Counter):
+        def forward(self, x: Tensor) -> Tensor:
+            return Branch()(super().forward(x))
+
+    model = CountingBranch()
+    with pytest.raises(TraceError):
+        trace(model, torch.randn(X))
+    assert int(model.count) == 0
+
+
 @pytest.mark.parametrize("thing", ["resnet18", Residual, lambda x: x, None])
 def test_what_is_no_model_is_refused(thing: object) -> None:
     with pytest.raises(TraceError, match="cannot trace a"):
