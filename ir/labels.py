@@ -162,7 +162,8 @@ class Labels:
         if a is b:
             return
         if a.shape != b.shape:
-            a, b = torch.broadcast_tensors(a, b)
+            shape = np.broadcast_shapes(a.shape, b.shape)
+            a, b = a.expand(shape), b.expand(shape)
         if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
             return
         sizes = [1 if sa == 0 and sb == 0 else n for n, sa, sb in zip(a.shape, a.stride(), b.stride(), strict=True)]

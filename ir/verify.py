@@ -254,7 +254,7 @@ class MaskedNetwork(_Network):
     def __init__(self, cut: Cut, module: fx.GraphModule | None = None, *, refit: bool = True) -> None:
         super().__init__(module or cut.groups.graph.module)
         self._graph = cut.groups.graph
-        names = {node.name: node for node in self.module.graph.nodes}
+        names = {node.name: node for node in self.graph.nodes}
         labels = cut.labels
         self._masks: dict[fx.Node, dict[fx.Node, Tensor]] = {}
         for node, sources in labels.readers.items():
