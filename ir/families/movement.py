@@ -36,7 +36,7 @@ def movement(labels: Labels, node: fx.Node) -> Any:
     kwargs: Any = fx.map_arg(node.kwargs, labels.read)
     moved = call(node, *args, **kwargs)
     if isinstance(moved, Tensor):
-        return compress(moved) if moved.numel() > 4096 and moved.is_contiguous() else moved
+        return compress(moved) if moved.is_contiguous() else moved
     return tuple(moved)
 
 
@@ -52,7 +52,7 @@ def _reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
         x = x.narrow(dim, 0, 1)
     inner = [1] * before + list(shape[before : len(shape) - after]) + [1] * after
     x = x.reshape(inner)
-    if x.numel() > 4096 and x.is_contiguous():
+    if x.is_contiguous():
         x = compress(x)
     return x.expand(tuple(shape))
 

@@ -91,3 +91,16 @@ def test_what_stays_of_each_tensor(groups: Groups) -> None:
     dim, stays = cut.axis(nodes["inner"])  # type: ignore[misc]
     assert (dim, stays.tolist()) == (1, [False, False, True, True, True, True])
     assert cut.axis(nodes["stem"]) is None
+
+
+def test_a_small_flattened_map_keeps_its_channels_apart() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1), nn.Linear(12 * 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.one(x).flatten(1), self.two(x).flatten(1)], 1))  # type: ignore[no-any-return]
+
+    groups = find_groups(trace(Heads().eval(), torch.randn(2, 3, 2, 2)))
+    assert [(group.name, group.channels) for group in groups.groups] == [("one", 8), ("two", 4)]
