@@ -35,6 +35,13 @@ pytest: $(STAMP)
 pytest-all: $(STAMP)
 	$(BIN)/python -m pytest
 
+# short forms of the benchmarks; the whole ones are described in each file
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m fxpress.tools.bench.coverage --quick
+	$(BIN)/python -m fxpress.tools.bench.graph_speed --quick
+	$(BIN)/python -m fxpress.tools.bench.pruned_latency --quick
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
