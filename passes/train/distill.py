@@ -70,7 +70,7 @@ class Distill(Pass):
             settings=settings,
             seed=context.seed,
             console=context.console,
-            title=self.title(),
+            title=self.name,
         )
         with graph.edit(self.name):
             pass  # the values have changed: the epoch moves on, the history tells

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class TrainBar:
@@ -24,10 +24,9 @@ class TrainBar:
         visible = console is not None and console.is_terminal and not console.quiet
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
             disable=not visible,
@@ -47,7 +46,8 @@ class TrainBar:
         """One step is done; `loss` and `accuracy` are running means of the epoch."""
         self._images += images
         rate = self._images / max(time.perf_counter() - self._start, 1e-9)
-        state = f"epoch {epoch + 1}/{self.epochs} · loss {loss:.3f} · accuracy {accuracy:.1%} · {rate:.0f} images/s"
+        # fits into 80 columns, with title and time left
+        state = f"epoch {epoch + 1}/{self.epochs}  loss {loss:.3f}  accuracy {accuracy:.1%}  {rate:.0f} images/s"
         if self._task is not None:
             self._bar.update(self._task, advance=1, state=state)
 
