@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from math import ceil, gcd
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...ir.groups import Group, Groups
-from ...ir.labels import IntArray, Slot
+from ...ir.labels import IntArray
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Classes of one group that go together; `key` orders all blocks, least first."""
 
     group: int
@@ -37,28 +37,34 @@ def make_blocks(
     blocks: list[Block] = []
     for group in eligible:
         order = group.classes[np.argsort(scores[group.classes], kind="stable")]
-        gone, key = 0, 0.0
-        for width in _widths(groups, group, round_to, floor):
-            classes = order[gone : len(order) - width]
-            gone = len(order) - width
-            key = gone / len(order) if uniform else max(key, float(scores[classes].mean()))
-            blocks.append(Block(group.index, classes, key))
+        widths = _widths(groups, group, round_to, floor)
+        if not len(widths):
+            continue
+        bounds = [0, *(len(order) - width for width in widths)]
+        pieces = np.split(order, bounds[1:])[:-1]
+        if uniform:
+            keys = [bound / len(order) for bound in bounds[1:]]
+        else:
+            sums = np.add.reduceat(scores[order], bounds[:-1])[: len(pieces)]
+            sums[-1] = scores[pieces[-1]].sum()
+            keys = np.maximum.accumulate(sums / np.diff(bounds)).tolist()
+        blocks += map(Block, repeat(group.index), pieces, keys)
     return sorted(blocks, key=lambda block: block.key)
 
 
 def _widths(groups: Groups, group: Group, round_to: int, floor: int) -> range:
     """Numbers of classes below the full one that a group may keep, falling."""
-    channels = max((_channels_per_class(groups, group, slot) for slot in group.slots), default=1)
+    channels = 1 if round_to == floor == 1 else _channels_per_class(groups, group)
     step = round_to // gcd(round_to, channels)
     least = max(step, ceil(max(1, floor) / channels / step) * step)
     most = (group.channels - 1) // step * step
     return range(most, least - 1, -step)
 
 
-def _channels_per_class(groups: Groups, group: Group, slot: Slot) -> int:
-    """Channels that one class of a group stands for in one of its slots (the heads of an attention, say)."""
-    vector = groups.vector(groups.labels.slots[slot])
-    return max(1, int(np.isin(vector, group.classes).sum()) // group.channels)
+def _channels_per_class(groups: Groups, group: Group) -> int:
+    """Most channels that one class of a group stands for in any parameter (the heads of an attention, say)."""
+    vectors = (groups.vector(groups.labels.slots[slot]) for slot in group.slots)
+    return max((np.bincount(v, minlength=groups.count)[group.classes].max() for v in vectors), default=1)
 
 
 def shortest_prefix(blocks: Sequence[Block], fits: Callable[[BoolArray], bool], count: int) -> tuple[int, BoolArray]:
