@@ -11,6 +11,8 @@ from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context
 from fxpress.passes.fuse.fold_batchnorm import FoldBatchnorm
 from fxpress.passes.runner import run_pass
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -220,3 +222,44 @@ def test_frozen_weights_stay_frozen() -> None:
         "0.weight": False,
         "0.bias": False,
     }
+
+
+@settings(max_examples=20)
+@given(
+    rank=st.integers(1, 3),
+    transposed=st.booleans(),
+    groups=st.integers(1, 3),
+    inputs=st.integers(1, 2),
+    outputs=st.integers(1, 3),
+    bias=st.booleans(),
+    affine=st.booleans(),
+    eps=st.sampled_from((1e-5, 1e-3, 0.5)),
+    branches=st.integers(1, 3),
+)
+def test_any_convolution_folds(
+    rank: int,
+    transposed: bool,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    affine: bool,
+    eps: float,
+    branches: int,
+) -> None:
+    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{rank}d")
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = (groups * inputs, groups * outputs, 2)
+            self.parts = nn.ModuleList(kind(*shape, groups=groups, bias=bias) for _ in range(branches))
+            self.norm = getattr(nn, f"BatchNorm{rank}d")(groups * outputs * branches, eps=eps, affine=affine)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.cat([part(x) for part in self.parts], 1))  # type: ignore[no-any-return]
+
+    x = torch.randn(2, groups * inputs, *[4] * rank, dtype=torch.float64)
+    folded, reasons, gap = fold(trace(randomised(Branches().double()), x))
+    assert (folded, reasons) == (1, [])
+    assert gap < DOUBLE
