@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 from ...ir.errors import DataError
 from .data import Data
 from .folders import folder_data
-from .idx import find_idx, read_idx
 from .images import ImageTensors, Recipe, make_loader
+from .readers import Split, idx_reader, read_cifar10, read_digits, required_folder
 
 CALIBRATION_IMAGES = 1024
 """How many training images, without augmentation, the calibration loader holds."""
@@ -21,15 +21,21 @@ CALIBRATION_IMAGES = 1024
 DATASETS = ("digits", "mnist[:DIR]", "fashion-mnist[:DIR]", "cifar10:DIR", "folder:DIR")
 """What `load_data` understands."""
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-@dataclass(frozen=True)
-class Split:
-    """Training and test images in memory, uint8 or 0-1 float `(N, C, H, W)`, with their class indices `(N,)`."""
-
-    train_images: Tensor
-    train_targets: Tensor
-    test_images: Tensor
-    test_targets: Tensor
+_FOLDER = Path("/usr/share/datasets")  # where Debian installs data sets
+_SOURCES: dict[str, tuple[Callable[[Path | None], Split], Recipe]] = {
+    "digits": (read_digits, Recipe((0.305,), (0.376,), crop=1)),
+    "mnist": (
+        idx_reader("mnist", _FOLDER / "mnist", "Fetch the four files of MNIST"),
+        Recipe((0.1307,), (0.3081,), crop=2),
+    ),
+    "fashion-mnist": (
+        idx_reader("fashion-mnist", _FOLDER / "fashion-mnist", "Install Debian's package dataset-fashion-mnist"),
+        Recipe((0.286,), (0.353,), crop=2, flip=True),
+    ),
+    "cifar10": (read_cifar10, Recipe((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), crop=4, flip=True)),
+}
 
 
 def load_data(
@@ -76,7 +82,7 @@ def load_data(
             raise DataError(f"{label} {number} is out of range", hint="Give 1 or more.")
     if name == "folder":
         _check_channels(channels, 3)
-        root = _required(folder, spec)
+        root = required_folder(folder, spec)
         stats = (mean or IMAGENET_MEAN, std or IMAGENET_STD)
         return folder_data(root, batch_size, seed, image_size or 224, *stats, augment, limit, workers)
     if name not in _SOURCES:
@@ -125,88 +131,3 @@ def _check_channels(wanted: int | None, channels: int) -> None:
         raise DataError(
             f"images of {channels} channels cannot become images of {wanted}", hint="Only grey images can be repeated."
         )
-
-
-def _digits(folder: Path | None) -> Split:
-    """The 1,797 8x8 digits that come with scikit-learn; every fifth image of each class is for testing."""
-    from sklearn.datasets import load_digits
-
-    if folder is not None:
-        raise DataError(f"digits takes no folder, {str(folder)!r} was given", hint="Write just: digits.")
-    images, targets = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(targets)
-    test = torch.zeros(len(labels), dtype=torch.bool)
-    for digit in range(10):
-        test[(labels == digit).nonzero().flatten()[::5]] = True
-    return Split(pixels[~test], labels[~test], pixels[test], labels[test])
-
-
-def _idx(name: str, default: Path, how: str) -> Callable[[Path | None], Split]:
-    def read(folder: Path | None) -> Split:
-        root = folder or default
-        places = (root, root / "MNIST" / "raw", root / "FashionMNIST" / "raw")
-        stems = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-        for place in places:
-            found = [find_idx(place, stem) for stem in stems]
-            if all(found):
-                parts = [_idx_part(*pair) for pair in (found[:2], found[2:])]
-                return Split(*parts[0], *parts[1])
-        raise DataError(
-            f"{name} was not found: looked in {root} for {', '.join(stems)} (each plain or .gz)",
-            hint=f"{how}, or give the folder that holds them as {name}:DIR.",
-        )
-
-    return read
-
-
-def _idx_part(images_path: Path | None, labels_path: Path | None) -> tuple[Tensor, Tensor]:
-    assert images_path is not None
-    assert labels_path is not None
-    images, labels = read_idx(images_path, dims=3), read_idx(labels_path, dims=1)
-    if len(images) != len(labels):
-        raise DataError(f"{images_path} holds {len(images)} images, {labels_path} {len(labels)} labels")
-    if int(labels.max()) > 9:
-        raise DataError(f"{labels_path} holds label {int(labels.max())}", hint="The ten classes are numbered 0 to 9.")
-    return images[:, None], labels.long()
-
-
-def _cifar10(folder: Path | None) -> Split:
-    from torchvision.datasets import CIFAR10
-
-    root = _required(folder, "cifar10")
-    root = root.parent if root.name == CIFAR10.base_folder else root
-    try:
-        parts = [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
-    except RuntimeError as error:  # torchvision: "Dataset not found or corrupted"
-        raise DataError(
-            f"cifar10 was not found or is damaged: looked in {root / CIFAR10.base_folder} for data_batch_1 to 5, "
-            "test_batch and batches.meta with the published checksums",
-            hint="Unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there.",
-        ) from error
-    tensors = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in parts]
-    return Split(*tensors[0], *tensors[1])
-
-
-def _required(folder: Path | None, spec: str) -> Path:
-    name = spec.partition(":")[0]
-    if folder is None:
-        raise DataError(f"{name} needs a folder", hint=f"Write {name}:DIR.")
-    return folder
-
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-_FOLDER = Path("/usr/share/datasets")  # where Debian installs data sets
-_SOURCES: dict[str, tuple[Callable[[Path | None], Split], Recipe]] = {
-    "digits": (_digits, Recipe((0.305,), (0.376,), crop=1)),
-    "mnist": (
-        _idx("mnist", _FOLDER / "mnist", "Fetch the four files of MNIST"),
-        Recipe((0.1307,), (0.3081,), crop=2),
-    ),
-    "fashion-mnist": (
-        _idx("fashion-mnist", _FOLDER / "fashion-mnist", "Install Debian's package dataset-fashion-mnist"),
-        Recipe((0.286,), (0.353,), crop=2, flip=True),
-    ),
-    "cifar10": (_cifar10, Recipe((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), crop=4, flip=True)),
-}
