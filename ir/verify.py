@@ -54,15 +54,11 @@ def lint(graph: Graph) -> None:
 
 def _lint_tensors(module: fx.GraphModule, used: set[str]) -> None:
     """Every parameter and buffer belongs to a called layer or is read by a `get_attr`."""
-    layers = {name for name in used if not _is_tensor(module, name)}
-    for name, _ in [*module.named_parameters(), *module.named_buffers()]:
-        if name not in used and name.rpartition(".")[0] not in layers:
-            raise GraphError(f"{name!r} is in the graph's state but no node uses it")
-
-
-def _is_tensor(module: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return isinstance(getattr(module.get_submodule(owner), leaf), Tensor)
+    for path, child in module.named_modules():
+        for leaf in (*child._parameters, *child._buffers):
+            name = f"{path}.{leaf}" if path else leaf
+            if name not in used and path not in used and getattr(child, leaf) is not None:
+                raise GraphError(f"{name!r} is in the graph's state but no node uses it")
 
 
 def _lint_layer(node: fx.Node, layer: nn.Module) -> None:

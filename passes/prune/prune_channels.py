@@ -20,7 +20,7 @@ from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
 from .criteria import CRITERIA, score_classes
-from .selection import Block, BoolArray, fill_up, give_back, keep_all_but, make_blocks, shortest_prefix
+from .selection import Blocks, BoolArray, fill_up, give_back, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
 
@@ -114,27 +114,21 @@ class PruneChannels(Pass):
         blocks = make_blocks(groups, eligible, scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
         if self.budget is None:
             assert self.ratio is not None
-            return _by_ratio(self.ratio, groups, eligible, blocks, uniform), []
+            return _by_ratio(self.ratio, eligible, blocks, uniform), []
         original = measure_cost(context.original)
         limits = {m: self.budget.limit(m, getattr(original, m)) for m in self.budget.metrics}
         return _by_budget(groups, blocks, limits)
 
 
-def _by_ratio(ratio: float, groups: Groups, eligible: list[Group], blocks: list[Block], uniform: bool) -> BoolArray:
+def _by_ratio(ratio: float, eligible: list[Group], blocks: Blocks, uniform: bool) -> BoolArray:
     """Blocks up to a share of each group, or of all channels together."""
     if uniform:
-        return keep_all_but([block for block in blocks if block.key <= ratio + 1e-9], groups.count)
+        return blocks.without(int(np.searchsorted(blocks.key, ratio + 1e-9, side="right")))
     target = ratio * sum(group.channels for group in eligible)
-    removed, chosen = 0, []
-    for block in blocks:
-        if removed + len(block.classes) > target + 1e-9:
-            break
-        removed += len(block.classes)
-        chosen.append(block)
-    return keep_all_but(chosen, groups.count)
+    return blocks.without(int(np.searchsorted(blocks.ends, target + 1e-9, side="right")) - 1)
 
 
-def _by_budget(groups: Groups, blocks: list[Block], limits: dict[str, float]) -> tuple[BoolArray, list[str]]:
+def _by_budget(groups: Groups, blocks: Blocks, limits: dict[str, float]) -> tuple[BoolArray, list[str]]:
     """The shortest prefix of blocks within all limits, refined where its last block overshoots."""
 
     def fits(kept: BoolArray) -> bool:
@@ -142,19 +136,20 @@ def _by_budget(groups: Groups, blocks: list[Block], limits: dict[str, float]) ->
         return all(getattr(size, metric) <= limit for metric, limit in limits.items())
 
     def close(kept: BoolArray) -> bool:
-        """Not below any limit by more than the slack, or above some other limit that still has to be met."""
+        """Not below every limit by more than the slack."""
         size = groups.cost(kept)
         return any(getattr(size, metric) >= limit * (1 - SLACK) for metric, limit in limits.items())
 
-    count, kept = shortest_prefix(blocks, fits, groups.count)
+    count = shortest_prefix(blocks, fits)
+    kept = blocks.without(count)
     if not fits(kept):
         raise BudgetError(
             _unmet(groups.cost(kept), groups.cost(), limits),
-            hint="Raise the budget, or lower floor, round_to or ignore.",
+            hint="Raise the budget, lower floor, round_to or ignore, or set norms to refit.",
         )
     if count and not close(kept):
-        finer = fill_up(blocks, count - 1, keep_all_but(blocks[: count - 1], groups.count), close, fits)
-        kept = give_back(blocks[:count], kept, close, fits) if finer is None else finer
+        finer = fill_up(blocks, count - 1, close, fits)
+        kept = give_back(blocks, count, close, fits) if finer is None else finer
     return kept, [] if close(kept) or not count else ["widths are too coarse to come closer to the budget"]
 
 

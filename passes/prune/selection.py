@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from dataclasses import dataclass
 from math import ceil, gcd
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,41 +14,78 @@ from ...ir.labels import IntArray
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+Test = Callable[[BoolArray], bool]
 
 
-class Block(NamedTuple):
-    """Classes of one group that go together; `key` orders all blocks, least first."""
+@dataclass(frozen=True)
+class Blocks:
+    """Sets of classes of one group each that go together, in the order in which they go.
 
-    group: int
+    Attributes:
+        group: index of each block's group, shape (blocks,).
+        key: what orders them, shape (blocks,), rising.
+        classes: the classes of the first block, then those of the second, and so on.
+        ends: where each block's classes end in `classes`, with a leading 0, shape (blocks + 1,).
+        count: number of classes of the network.
+    """
+
+    group: IntArray
+    key: FloatArray
     classes: IntArray
-    key: float
+    ends: IntArray
+    count: int
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, index: int) -> IntArray:
+        """Classes of one block."""
+        return self.classes[self.ends[index] : self.ends[index + 1]]
+
+    def without(self, blocks: int) -> BoolArray:
+        """What is kept when the first `blocks` blocks go, shape (count,)."""
+        kept = np.ones(self.count, dtype=bool)
+        kept[self.classes[: self.ends[blocks]]] = False
+        return kept
 
 
 def make_blocks(
     groups: Groups, eligible: Sequence[Group], scores: FloatArray, *, uniform: bool, round_to: int, floor: int
-) -> list[Block]:
-    """All blocks that may go, in the order in which they go.
+) -> Blocks:
+    """All blocks that may go.
 
     The widths that a group may take are multiples of `round_to` (and its full width), never below `floor`. With
     `uniform` a block's key is the share of the group that is gone with it, so that all groups shrink alike; otherwise
     it is the largest mean score so far, so that one threshold runs through all groups.
     """
-    blocks: list[Block] = []
+    classes, lengths, owners, keys = [], [], [], []
     for group in eligible:
         order = group.classes[np.argsort(scores[group.classes], kind="stable")]
-        widths = _widths(groups, group, round_to, floor)
-        if not len(widths):
+        gone = len(order) - np.asarray(_widths(groups, group, round_to, floor), dtype=np.int64)
+        if not len(gone):
             continue
-        bounds = [0, *(len(order) - width for width in widths)]
-        pieces = np.split(order, bounds[1:])[:-1]
-        if uniform:
-            keys = [bound / len(order) for bound in bounds[1:]]
-        else:
-            sums = np.add.reduceat(scores[order], bounds[:-1])[: len(pieces)]
-            sums[-1] = scores[pieces[-1]].sum()
-            keys = np.maximum.accumulate(sums / np.diff(bounds)).tolist()
-        blocks += map(Block, repeat(group.index), pieces, keys)
-    return sorted(blocks, key=lambda block: block.key)
+        steps = np.diff(gone, prepend=0)
+        sums = np.diff(np.cumsum(scores[order])[gone - 1], prepend=0.0)
+        classes.append(order[: gone[-1]])
+        lengths.append(steps)
+        owners.append(np.full(len(gone), group.index))
+        keys.append(gone / len(order) if uniform else np.maximum.accumulate(sums / steps))
+    return _sorted(classes, lengths, owners, keys, groups.count)
+
+
+def _sorted(
+    classes: list[IntArray], lengths: list[IntArray], owners: list[IntArray], keys: list[FloatArray], count: int
+) -> Blocks:
+    """Blocks of all groups in one order; those of a group stay in theirs."""
+    if not classes:
+        return Blocks(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), np.zeros(1, np.int64), count)
+    length, key = np.concatenate(lengths), np.concatenate(keys)
+    order = np.argsort(key, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    members = np.concatenate(classes)[np.argsort(np.repeat(place, length), kind="stable")]
+    ends = np.concatenate([[0], np.cumsum(length[order])])
+    return Blocks(np.concatenate(owners)[order], key[order], members, ends, count)
 
 
 def _widths(groups: Groups, group: Group, round_to: int, floor: int) -> range:
@@ -64,51 +100,38 @@ def _widths(groups: Groups, group: Group, round_to: int, floor: int) -> range:
 def _channels_per_class(groups: Groups, group: Group) -> int:
     """Most channels that one class of a group stands for in any parameter (the heads of an attention, say)."""
     vectors = (groups.vector(groups.labels.slots[slot]) for slot in group.slots)
-    return max((np.bincount(v, minlength=groups.count)[group.classes].max() for v in vectors), default=1)
+    return max((int(np.bincount(v, minlength=groups.count)[group.classes].max()) for v in vectors), default=1)
 
 
-def shortest_prefix(blocks: Sequence[Block], fits: Callable[[BoolArray], bool], count: int) -> tuple[int, BoolArray]:
-    """Least number of leading blocks whose removal fits, by bisection (fitting is monotone), and what is kept then.
+def shortest_prefix(blocks: Blocks, fits: Test) -> int:
+    """Least number of leading blocks whose removal fits, by bisection (fitting is monotone).
 
-    Returns all blocks if even that does not fit; the caller asks `fits` once more.
+    Returns the number of all blocks if even that does not fit; the caller asks `fits` once more.
     """
     low, high = 0, len(blocks)
     while low < high:
         middle = (low + high) // 2
-        if fits(keep_all_but(blocks[:middle], count)):
+        if fits(blocks.without(middle)):
             high = middle
         else:
             low = middle + 1
-    return low, keep_all_but(blocks[:low], count)
+    return low
 
 
-def keep_all_but(blocks: Sequence[Block], count: int) -> BoolArray:
-    """True for every class outside of `blocks`, shape (count,)."""
-    kept = np.ones(count, dtype=bool)
-    for block in blocks:
-        kept[block.classes] = False
-    return kept
-
-
-def fill_up(
-    blocks: Sequence[Block],
-    start: int,
-    kept: BoolArray,
-    allowed: Callable[[BoolArray], bool],
-    fits: Callable[[BoolArray], bool],
-) -> BoolArray | None:
-    """From the last prefix that does not fit, go on with blocks that do not overshoot, until it fits.
+def fill_up(blocks: Blocks, start: int, allowed: Test, fits: Test) -> BoolArray | None:
+    """From a prefix that does not fit, go on with blocks that do not overshoot, until it fits.
 
     A group of which a block was passed over stays as it is. None if that leads nowhere: widths are too coarse.
     """
+    kept = blocks.without(start)
     closed: set[int] = set()
-    for block in blocks[start:]:
-        if block.group in closed:
+    for index in range(start, len(blocks)):
+        if int(blocks.group[index]) in closed:
             continue
         trial = kept.copy()
-        trial[block.classes] = False
+        trial[blocks[index]] = False
         if not allowed(trial):
-            closed.add(block.group)
+            closed.add(int(blocks.group[index]))
             continue
         kept = trial
         if fits(kept):
@@ -116,23 +139,22 @@ def fill_up(
     return None
 
 
-def give_back(
-    removed: Sequence[Block], kept: BoolArray, close: Callable[[BoolArray], bool], fits: Callable[[BoolArray], bool]
-) -> BoolArray:
+def give_back(blocks: Blocks, removed: int, close: Test, fits: Test) -> BoolArray:
     """Blocks that may stay after all, last removed first, as long as the budget is still met and not yet close.
 
     Within a group blocks come back in the reverse order of their removal only.
     """
+    kept = blocks.without(removed)
     closed: set[int] = set()
-    for block in reversed(removed):
+    for index in range(removed - 1, -1, -1):
         if close(kept):
             break
-        if block.group in closed:
+        if int(blocks.group[index]) in closed:
             continue
         trial = kept.copy()
-        trial[block.classes] = True
+        trial[blocks[index]] = True
         if fits(trial):
             kept = trial
         else:
-            closed.add(block.group)
+            closed.add(int(blocks.group[index]))
     return kept
