@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from . import provenance
 from .errors import TraceError
 
-_VALUES = ("data-dependent", "data dependent", "_local_scalar_dense", "is_nonzero", "unbacked", "u0", "dynamic control")
+_VALUES = ("data-dependent", "data dependent", "_local_scalar_dense", "is_nonzero", "unbacked", "dynamic control")
 
 
 def where(node: fx.Node) -> str:
