@@ -129,13 +129,12 @@ def test_trains_exports_and_compiles(graph: Graph, wish: str) -> None:
 
 
 @pytest.mark.slow
-def test_freezes(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freezes(graph: Graph) -> None:
     import torch._inductor.config as inductor
 
     emit(graph, layout="channels-last")
-    monkeypatch.setattr(inductor, "freezing", True)
     x = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
+    with torch.no_grad(), inductor.patch(freezing=True):
         assert torch.allclose(torch.compile(graph.module)(x), graph(x), atol=1e-5)
 
 
