@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import GraphError
+from .lint import lint
 
 T = TypeVar("T")
 
@@ -146,6 +147,15 @@ class Graph:
         self.dynamic_batch, self.dropped = other.dynamic_batch, other.dropped
         self.epoch = max(self.epoch, other.epoch) + 1
 
+    def lint(self) -> None:
+        """Check the structure.
+
+        Raises:
+            GraphError: a node has no shape or no user, a layer or tensor is missing or unused, or a layer's sizes do
+                not fit its input.
+        """
+        lint(self.module)
+
     @contextlib.contextmanager
     def edit(self, author: str) -> Iterator[fx.Graph]:
         """Edit the nodes; on leaving, dead code goes, the lint runs and the epoch moves on.
@@ -158,8 +168,6 @@ class Graph:
         Raises:
             GraphError: an invariant does not hold after the edit.
         """
-        from .verify import lint
-
         before = _copy_module(self.module)
         known = set(self.module.graph.nodes)
         try:
@@ -169,7 +177,7 @@ class Graph:
                     node.meta.setdefault("author", author)
             remove_dead_code(self.module)
             self.module.recompile()
-            lint(self)
+            self.lint()
         except BaseException:
             self.module = before
             raise

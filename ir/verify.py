@@ -1,4 +1,4 @@
-"""What proves a graph: the lint (its structure) and the oracle (its numbers).
+"""The oracle: what proves the numbers of a graph.
 
 The oracle of a cut: the network whose dead channels are masked to zero *where their consumers read them* must equal
 the network without them. Neither side knows how the other works: the masked one runs the uncut graph, the cut one
@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .errors import GraphError, VerifyError
+from .errors import VerifyError
 from .nodes import arguments, call, operand
 
 if TYPE_CHECKING:
@@ -25,69 +25,6 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-# -- lint -------------------------------------------------------------------------------------------------------
-
-
-def lint(graph: Graph) -> None:
-    """Check the structure of a graph.
-
-    Raises:
-        GraphError: a node has no shape or no user, a layer or tensor is missing or unused, or a layer's sizes do not
-            fit its input.
-    """
-    module = graph.module
-    module.graph.lint()
-    used: set[str] = set()
-    for node in module.graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            used.add(str(node.target))
-        if node.op != "output" and "spec" not in node.meta:
-            raise GraphError(f"node {node.name!r} ({node.op} {node.target}) has no shape in its metadata")
-        if not node.users and node.op not in ("placeholder", "output"):
-            raise GraphError(f"node {node.name!r} ({node.op} {node.target}) is dead: nothing reads it")
-        if node.op == "call_module":
-            _lint_layer(node, module.get_submodule(str(node.target)))
-    _lint_tensors(module, used)
-
-
-def _lint_tensors(module: fx.GraphModule, used: set[str]) -> None:
-    """Every parameter and buffer belongs to a called layer or is read by a `get_attr`."""
-    for path, child in module.named_modules():
-        for leaf in (*child._parameters, *child._buffers):
-            name = f"{path}.{leaf}" if path else leaf
-            if name not in used and path not in used and getattr(child, leaf) is not None:
-                raise GraphError(f"{name!r} is in the graph's state but no node uses it")
-
-
-def _lint_layer(node: fx.Node, layer: nn.Module) -> None:
-    """A layer reads as many channels as its input has and writes as many as its node's shape says."""
-    source, spec = node.args[0], node.meta["spec"]
-    given = getattr(source.meta.get("spec"), "shape", None) if isinstance(source, fx.Node) else None
-    if given is None:
-        return
-    for attribute, shape in (("in", given), ("out", spec.shape)):
-        stated, actual = _stated(layer, attribute, shape)
-        if stated != actual:
-            raise GraphError(
-                f"layer {node.target!r} ({type(layer).__name__}) states {stated} {attribute}put channels, "
-                f"but its {attribute}put {tuple(shape)} has {actual}"
-            )
-
-
-def _stated(layer: nn.Module, side: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Channels that a layer states for one side, and those of the shape; equal numbers where it states none."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        rank = len(layer.kernel_size)
-        return int(getattr(layer, f"{side}_channels")), shape[len(shape) - rank - 1]
-    if isinstance(layer, nn.Linear):
-        return int(getattr(layer, f"{side}_features")), shape[-1]
-    if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-        return layer.num_features, shape[1]
-    if isinstance(layer, nn.GroupNorm):
-        return layer.num_channels, shape[1]
-    return 0, 0
 
 
 # -- running ----------------------------------------------------------------------------------------------------

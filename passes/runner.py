@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ir.errors import FxpressError, GraphError, ModelError
 from ..ir.graph import Graph
-from ..ir.verify import distance, lint, prove_equal, run
+from ..ir.verify import distance, prove_equal, run
 from ..runtime.training.seeds import seeded
 from .base import EXACT, LOSSY, Context, Pass, PassResult
 from .clone import clone_graph
@@ -31,7 +31,7 @@ def run_pass(one: Pass, graph: Graph, context: Context) -> tuple[PassResult, flo
             result = one.run(graph, context)
         seconds = time.perf_counter() - started
         graph.module.eval()
-        lint(graph)
+        graph.lint()
         check_finite(graph.module)
         if context.verify:
             _verify(one, before, graph, result)

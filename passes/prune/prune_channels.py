@@ -13,7 +13,7 @@ from ...ir.cut import Cut
 from ...ir.errors import BudgetError, CutError
 from ...ir.graph import Graph
 from ...ir.groups import Group, Groups, Size, find_groups
-from ...ir.verify import lint, prove_cut, refit_distance
+from ...ir.verify import prove_cut, refit_distance
 from ...runtime.layers.channel_mask import ChannelMask
 from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
@@ -81,7 +81,7 @@ class PruneChannels(Pass):
         kept, notes = self._choose(graph, groups, eligible, context)
         cut = Cut(groups, np.flatnonzero(~kept))
         candidate = cut.apply(self.name)
-        lint(candidate)
+        candidate.lint()
         distance = prove_cut(cut, candidate) if context.verify else None
         refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
         before, after = groups.cost(), groups.cost(kept)

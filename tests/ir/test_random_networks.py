@@ -11,7 +11,7 @@ import torch
 from fxpress.ir.cut import Cut
 from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
-from fxpress.ir.verify import lint, prove_cut
+from fxpress.ir.verify import prove_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ def check(program: list[Step], seed: int, attention: str, norms: str) -> None:
     dead = [rng.permutation(g.classes)[: rng.integers(0, g.channels)] for g in groups.groups]
     cut = Cut(groups, np.concatenate([np.zeros(0, np.int64), *dead]))
     candidate = cut.apply("test")
-    lint(candidate)
+    candidate.lint()
     assert prove_cut(cut, candidate) <= 1e-9
     stated = sum(p.numel() for p in candidate.module.parameters())
     folded = any("_folded" in name for name, _ in candidate.module.named_parameters())

@@ -14,7 +14,7 @@ from fxpress.ir.graph import Graph
 from fxpress.ir.groups import find_groups
 from fxpress.ir.labels import along
 from fxpress.ir.trace import trace
-from fxpress.ir.verify import distance, evaluating, lint, prove_cut, prove_equal, refit_distance, run, tolerance
+from fxpress.ir.verify import distance, evaluating, prove_cut, prove_equal, refit_distance, run, tolerance
 from torch import Tensor, nn
 
 
@@ -180,23 +180,23 @@ def test_lint_finds_a_dead_node(graph: Graph) -> None:
         dead = graph.module.graph.call_function(torch.ops.aten.relu.default, (node,))
     dead.meta["spec"] = node.meta["spec"]
     with pytest.raises(GraphError, match="is dead"):
-        lint(graph)
+        graph.lint()
 
 
 def test_lint_finds_a_node_without_shape(graph: Graph) -> None:
     del next(n for n in graph.nodes if n.op == "call_module").meta["spec"]
     with pytest.raises(GraphError, match="no shape"):
-        lint(graph)
+        graph.lint()
 
 
 def test_lint_finds_an_unused_parameter(graph: Graph) -> None:
     graph.module.register_parameter("idle", nn.Parameter(torch.zeros(2)))
     with pytest.raises(GraphError, match=r"'idle'.*no node uses it"):
-        lint(graph)
+        graph.lint()
 
 
 def test_lint_finds_a_layer_that_does_not_fit(graph: Graph) -> None:
     layer = graph.module.get_submodule("3")
     layer.in_channels = 7
     with pytest.raises(GraphError, match=r"states 7 input channels, but its input .* has 8"):
-        lint(graph)
+        graph.lint()

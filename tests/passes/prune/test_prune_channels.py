@@ -13,7 +13,7 @@ from fxpress.ir.errors import BudgetError, CutError, OptionError, VerifyError
 from fxpress.ir.graph import Graph
 from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
-from fxpress.ir.verify import distance, lint, run
+from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context
 from fxpress.passes.budget import Budget
 from fxpress.passes.prune import prune_channels
@@ -67,7 +67,7 @@ def test_a_budget_is_met_within_two_percent(wide: Graph, scope: str, metric: str
     assert remain * 0.98 <= reached <= remain
     assert result.metrics[metric] == getattr(after, metric)
     assert result.distance < 1e-5
-    lint(wide)
+    wide.lint()
 
 
 def test_an_absolute_budget(wide: Graph) -> None:
