@@ -56,7 +56,7 @@ def statements(tree: ast.Module) -> Iterator[ast.stmt]:
             waiting += node.orelse
             continue
         yield node
-        waiting += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+        waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
 
 
 def absolute(name: str, path: Path, node: ast.ImportFrom) -> str:
@@ -100,6 +100,7 @@ def test_ir_needs_only_the_numeric_packages(repository: Path) -> None:
 
 
 def test_no_import_goes_in_a_circle(repository: Path) -> None:
+    """While modules are being imported; what a function imports when it is called may look back."""
     known = modules(repository)
     graph = nx.DiGraph(
         (name, target)
