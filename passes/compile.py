@@ -145,7 +145,7 @@ class _Run:
 
 
 def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: Any) -> None:
-    checks = (
+    checks: tuple[tuple[str, Any, tuple[type, ...], str], ...] = (
         ("data", data, (Data,), "fxpress.Data(train=, val=, calibration=)"),
         ("teacher", teacher, (nn.Module, Graph, Compiled, type(None)), "a module or a compiled network"),
         ("workdir", workdir, (str, Path, type(None)), "the path of a directory"),
