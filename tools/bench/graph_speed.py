@@ -139,9 +139,9 @@ def rows_of(subject: Subject, ours: Times, peer: Times) -> list[Row]:
 
 
 def is_large(model: nn.Module) -> bool:
-    """Over 20 M parameters or 100 layers (convolutions, linear and norm layers)."""
-    layers = sum(1 for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-    return layers > 100 or sum(p.numel() for p in model.parameters()) > 20e6
+    """Over 20 M parameters or 100 layers, counted as in DenseNet-121: convolutions and linear layers."""
+    layers = sum(isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) for module in model.modules())
+    return layers > 100 or sum(parameter.numel() for parameter in model.parameters()) > 20e6
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def _gives(layer: Any) -> int:
 
 def _first(layer: Any, *names: str) -> int:
     if isinstance(layer, nn.LayerNorm):
-        return layer.normalized_shape[-1]
+        return int(layer.normalized_shape[-1])
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 

@@ -41,7 +41,8 @@ def run_forked(
         (task, facts); the facts of a process that died or was killed say so under `reason`.
     """
     context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(tasks)), {}
+    waiting = list(reversed(tasks))
+    running: dict[Connection, _Running] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             task = waiting.pop()

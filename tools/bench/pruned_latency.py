@@ -129,7 +129,7 @@ def _inductor(module: nn.Module, images: Tensor) -> nn.Module:
     import torch._inductor.config as config
 
     config.freezing = True
-    compiled = torch.compile(module.eval())
+    compiled: Any = torch.compile(module.eval())
     with torch.inference_mode():
         compiled(images)  # compiles here, outside the clock
     wrapped: nn.Module = compiled
@@ -140,18 +140,16 @@ class _OnnxRuntime(nn.Module):
     """A module exported to ONNX, run on one thread."""
 
     def __init__(self, module: nn.Module, images: Tensor) -> None:
-        import io
-
         import onnxruntime  # type: ignore[import-not-found, unused-ignore]
 
         super().__init__()
         program = torch.onnx.export(module.eval(), (images,), dynamo=True, verbose=False)
-        buffer = io.BytesIO()
         assert program is not None
-        program.save(buffer)
         options: Any = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self._session: Any = onnxruntime.InferenceSession(buffer.getvalue(), options, ["CPUExecutionProvider"])
+        self._session: Any = onnxruntime.InferenceSession(
+            program.model_proto.SerializeToString(), options, ["CPUExecutionProvider"]
+        )
         self._input = self._session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:

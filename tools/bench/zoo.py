@@ -193,11 +193,11 @@ def _calibrate(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     running_var.copy_(spread * torch.empty_like(mean).uniform_(0.5, 1.5))
 
 
-class _AttentionWatch(TorchDispatchMode):
+class _AttentionWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether a matrix product of two activations (attention in any of its forms) runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
