@@ -144,7 +144,7 @@ class _Run:
         self.report.rows.append(row)
 
 
-def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: Any) -> None:
+def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: int) -> None:
     checks: tuple[tuple[str, Any, tuple[type, ...], str], ...] = (
         ("data", data, (Data,), "fxpress.Data(train=, val=, calibration=)"),
         ("teacher", teacher, (nn.Module, Graph, Compiled, type(None)), "a module or a compiled network"),
@@ -152,8 +152,10 @@ def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: 
         ("seed", seed, (int,), "an integer >= 0"),
     )
     for name, value, kinds, allowed in checks:
-        if not isinstance(value, kinds) or (name == "seed" and value < 0):
+        if not isinstance(value, kinds):
             raise OptionError(f"{name}={brief(value)} is a {type(value).__name__}; allowed: {allowed}")
+    if seed < 0:
+        raise OptionError(f"seed={seed} is negative; allowed: an integer >= 0")
     if resume and workdir is None:
         raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")
 

@@ -418,7 +418,7 @@ def test_passes_that_are_not_allowed(passes: Any, message: str) -> None:
         ({"data": {"train": []}}, "data={'train': []} is a dict; allowed: fxpress.Data(train="),
         ({"teacher": "resnet18"}, "teacher='resnet18' is a str; allowed: a module"),
         ({"workdir": 3}, "workdir=3 is a int; allowed: the path"),
-        ({"seed": -1}, "seed=-1 is a int; allowed: an integer >= 0"),
+        ({"seed": -1}, "seed=-1 is negative; allowed: an integer >= 0"),
         ({"seed": "0"}, "seed='0' is a str"),
     ],
 )

@@ -80,12 +80,13 @@ def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: i
 
 def fold_into(graph: Graph, sources: list[fx.Node], dim: int, scale: Tensor, shift: Tensor | None = None) -> None:
     """Give each of the layers its part of a factor and a term per channel, both `(C,)` over all of them."""
-    sizes = [source.meta["spec"].shape[dim] for source in sources]
-    shifts: list[Tensor | None] = [None] * len(sizes) if shift is None else list(shift.split(sizes))
-    for source, own_scale, own_shift in zip(sources, scale.split(sizes), shifts, strict=True):
+    start = 0
+    for source in sources:
         layer = graph.layer(source)
         assert layer is not None
-        fold_affine(layer, own_scale, own_shift)
+        own = slice(start, start + source.meta["spec"].shape[dim])
+        fold_affine(layer, scale[own], None if shift is None else shift[own])
+        start = own.stop
 
 
 def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None = None) -> None:
