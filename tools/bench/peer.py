@@ -246,7 +246,7 @@ def _gives(layer: Any) -> int:
 def _first(layer: Any, *names: str) -> int:
     if isinstance(layer, nn.LayerNorm):
         return int(layer.normalized_shape[-1])
-    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+    return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))
 
 
 def _check(subject: Subject, pruned: nn.Module, record: Record) -> dict[str, Any]:
