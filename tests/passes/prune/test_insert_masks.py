@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fxpress.passes.base import Context, PassResult
 from fxpress.passes.prune.insert_masks import InsertMasks
 from fxpress.passes.prune.prune_channels import PruneChannels
 from fxpress.passes.runner import run_pass
+from fxpress.runtime import artifact
 from fxpress.runtime.layers.channel_mask import ChannelMask
 from torch import Tensor, nn
 
@@ -119,7 +121,7 @@ def test_zero_masks_can_be_cut_without_changing_the_outputs(graph: Graph) -> Non
     assert graph.tensor("head.weight").shape == (4, 4)
 
 
-def test_the_same_channels_in_another_dimension_share_their_factors() -> None:
+def test_the_same_channels_in_another_dimension_share_their_factors(tmp_path: Path) -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -136,9 +138,14 @@ def test_the_same_channels_in_another_dimension_share_their_factors() -> None:
     assert (one.dim, two.dim) == (1, 2)
     assert one.mask is two.mask
     outputs = run(graph)
-    run_pass(PruneChannels(masks="given"), graph, Context(original=graph.copy()))
-    assert distance(outputs, run(graph)) < 1e-12
-    assert graph.tensor("embed.weight").shape[0] == 6
+    artifact.save(tmp_path / "masked.fxp", graph)
+    loaded = artifact.load(tmp_path / "masked.fxp").graph
+    assert torch.equal(run(loaded), outputs)
+    assert len([name for name, _ in loaded.module.named_parameters() if name.startswith("masks.")]) == 1
+    for twin in (graph, loaded):
+        run_pass(PruneChannels(masks="given"), twin, Context(original=twin.copy()))
+        assert distance(outputs, run(twin)) < 1e-12
+        assert twin.tensor("embed.weight").shape[0] == 6
 
 
 def test_masks_of_half_precision_and_of_tokens() -> None:
