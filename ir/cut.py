@@ -15,7 +15,7 @@ from .families.producers import constant_name
 from .graph import Graph, TensorSpec, remove_dead_code
 from .groups import BoolArray, Groups, tensors
 from .labels import IntArray
-from .rewrites import REWRITES, fit_layer, rescale
+from .rewrites import REWRITES, fit_layer, rescale, spread_out
 
 
 def apply_cut(groups: Groups, dead: IntArray, author: str = "cut") -> Graph:
@@ -127,6 +127,9 @@ class Cut:
 
     def _rewrite(self, twin: Graph, node: fx.Node, new: fx.Node) -> None:
         """Bring one node's constants, layer and shape in line with what stays."""
+        if node in self.labels.slides:
+            spread_out(self, node, new)
+            return  # it still sees, and gives out, as many channels as before
         if new.op == "call_module":
             fit_layer(twin.module.get_submodule(str(new.target)), self, node)
         elif new.op == "call_function" and not self.labels.is_constant(node):

@@ -65,6 +65,7 @@ class Labels:
         readers: activations that a node mixes over their channels, and which the oracle masks before that node.
         terms: multiply-accumulates as a function of what is kept.
         rescaled: mean-like reductions over labelled dimensions, whose result depends on how many are kept.
+        slides: convolutions that slide along the channels, and what they read.
         refitted: norms over labelled dimensions that shall take their statistics over what is kept.
     """
 
@@ -77,6 +78,7 @@ class Labels:
     readers: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     rescaled: dict[fx.Node, Tensor] = field(default_factory=dict)
+    slides: dict[fx.Node, Tensor] = field(default_factory=dict)
     refitted: dict[fx.Node, Tensor] = field(default_factory=dict)
     pins: list[Pin] = field(default_factory=list)
     atoms: int = 1

@@ -292,6 +292,31 @@ def attention(cut: Cut, node: fx.Node, new: fx.Node) -> None:
         new.update_kwarg("scale", float(shape[-1]) ** -0.5)
 
 
+def spread_out(cut: Cut, node: fx.Node, new: fx.Node) -> None:
+    """A filter along the channels reads zeros where channels have gone; what stays of its result is taken behind it."""
+    found = cut.axis(operand(node))
+    if found is None:
+        return
+    dim, stays = found
+    graph, source, width = new.graph, operand(new), int(stays.sum())
+    places = np.where(stays, np.cumsum(stays) - 1, width)  # dead channels take the zero behind the last one
+    with graph.inserting_before(new):
+        padded = graph.call_function(aten.constant_pad_nd.default, (source, [0, 1]))
+        spread = graph.call_function(aten.index_select.default, (padded, dim, None))
+    new.replace_input_with(source, spread)
+    users = list(new.users)
+    with graph.inserting_after(new):
+        kept = graph.call_function(aten.index_select.default, (new, dim, None))
+    for user in users:
+        user.replace_input_with(new, kept)
+    dtype = node.meta["spec"].dtype
+    for made, size in ((padded, width + 1), (spread, len(stays)), (kept, width)):
+        shape = (*shape_of(node)[:dim], size, *shape_of(node)[dim + 1 :])
+        made.meta["spec"] = TensorSpec(shape, dtype)
+    for made, wanted in ((spread, places), (kept, np.flatnonzero(stays))):
+        made.update_arg(2, _index_buffer(made, wanted))
+
+
 def rescale(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     """A mean over cut channels counts the dead ones as zeros: it is multiplied by the share that stays."""
     mask = cut.mask(cut.labels.rescaled[node])

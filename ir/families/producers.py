@@ -79,6 +79,8 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
     source = operand(node)
     x, shape = data_input(labels, source), shape_of(node)
     rank = len(weight.shape) - 2
+    if weight.shape[:2] == (1, 1) and rank == 1 and shape == x.shape and varying(x) == [x.dim() - 1]:
+        return _slide(labels, node, x, weight.shape[-1])
     channel = len(shape) - rank - 1
     read = channel_vector(labels, x, channel)
     inputs, outputs = len(read), shape[channel]
@@ -102,6 +104,17 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
     if bias is not None:
         labels.bind(bias, 0, written)
     return along(written, channel, shape)
+
+
+def _slide(labels: Labels, node: fx.Node, x: Tensor, kernel: int) -> Tensor:
+    """A filter that slides along the channels (efficient channel attention): each keeps its place among the others.
+
+    Dead channels read as zeros between those that stay; `rewrites.spread_out` puts these zeros there.
+    """
+    labels.readers[node] = (operand(node),)
+    labels.slides[node] = x
+    labels.terms.append(Term(node, prod(x.shape) * kernel, ()))
+    return x
 
 
 def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:

@@ -204,6 +204,31 @@ def test_a_norm_that_is_written_out_is_cut_exactly(norms: str) -> None:
     assert len(scaled) == (2 if norms == "keep" else 0)
 
 
+def test_a_filter_along_the_channels_keeps_their_places() -> None:
+    class ChannelAttention(nn.Module):
+        """x times a gate that a filter over neighbouring channels computes (ECA-Net, Wang et al. 2020)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.filter = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x)
+            gate = torch.sigmoid(self.filter(x.mean((2, 3)).unsqueeze(1)))
+            return self.after(x * gate.transpose(1, 2).unsqueeze(-1))  # type: ignore[no-any-return]
+
+    groups = groups_of(ChannelAttention())
+    assert len(np.unique(classes(groups, "before.weight", 0))) == 8
+    cut = Cut(groups, classes(groups, "before.weight", 0)[[1, 2, 5]])
+    candidate = cut.apply("test")
+    candidate.lint()
+    assert prove_cut(cut, candidate) < 1e-6
+    again = find_groups(candidate)
+    second = Cut(again, again.groups[0].classes[:2])
+    assert prove_cut(second, second.apply("test")) < 1e-6
+
+
 def test_labels_have_the_shape_of_their_node() -> None:
     graph: Graph = trace(Between(TIED["shuffle"][0]).eval(), torch.randn(2, 3, 8, 8))
     labels: Labels = find_labels(graph)

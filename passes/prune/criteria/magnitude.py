@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def l1(rows: Tensor) -> Tensor:
     """sum_i |w_i| of each row; rows (n, weights) -> (n,)."""
-    return rows.abs().sum(dim=1)
+    return torch.linalg.vector_norm(rows, ord=1, dim=1)
 
 
 def l2(rows: Tensor) -> Tensor:
     """sqrt(sum_i w_i^2) of each row; rows (n, weights) -> (n,)."""
-    return rows.square().sum(dim=1).sqrt()
+    return torch.linalg.vector_norm(rows, dim=1)
