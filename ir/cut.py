@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .errors import CutError
 from .families.producers import constant_name
-from .graph import Graph, TensorSpec, remove_dead_code
+from .graph import Graph, TensorSpec, remove_dead_code, submodule
 from .groups import BoolArray, Groups, tensors
 from .labels import IntArray
 from .rewrites import REWRITES, fit_layer, rescale, spread_out
@@ -131,7 +131,7 @@ class Cut:
             spread_out(self, node, new)
             return  # it still sees, and gives out, as many channels as before
         if new.op == "call_module":
-            fit_layer(twin.module.get_submodule(str(new.target)), self, node)
+            fit_layer(submodule(twin.module, str(new.target)), self, node)
         elif new.op == "call_function" and not self.labels.is_constant(node):
             rule = REWRITES.get(new.target)
             if rule is not None:

@@ -85,12 +85,12 @@ class Graph:
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The layer that a `call_module` node runs, None for any other node."""
-        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return submodule(self.module, str(node.target)) if node.op == "call_module" else None
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer under a dotted name such as `layer1.0.conv1.weight`."""
         owner, _, leaf = name.rpartition(".")
-        value = getattr(self.module.get_submodule(owner), leaf)
+        value = getattr(submodule(self.module, owner), leaf)
         if not isinstance(value, Tensor):
             raise GraphError(f"{name!r} is a {type(value).__name__}, not a parameter or buffer of the graph")
         return value
@@ -98,7 +98,7 @@ class Graph:
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Put a new tensor under an existing name; it stays a parameter or a buffer, persistent or not, as it was."""
         owner, _, leaf = name.rpartition(".")
-        module = self.module.get_submodule(owner)
+        module = submodule(self.module, owner)
         old = getattr(module, leaf)
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
@@ -183,6 +183,20 @@ class Graph:
             raise
         self.epoch += 1
         self.history.append(author)
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module under a dotted path; as `Module.get_submodule`, which takes ten times as long.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for name in path.split(".") if path else ():
+        child = root._modules[name]
+        if child is None:
+            raise KeyError(path)
+        root = child
+    return root
 
 
 def remove_dead_code(module: fx.GraphModule) -> None:

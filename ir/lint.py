@@ -16,6 +16,7 @@ def lint(module: fx.GraphModule) -> None:
     """
     module.graph.lint()
     used: set[str] = set()
+    layers = dict(module.named_modules(remove_duplicate=False))
     for node in module.graph.nodes:
         if node.op in ("call_module", "get_attr"):
             used.add(str(node.target))
@@ -24,7 +25,7 @@ def lint(module: fx.GraphModule) -> None:
         if not node.users and node.op not in ("placeholder", "output"):
             raise GraphError(f"node {node.name!r} ({node.op} {node.target}) is dead: nothing reads it")
         if node.op == "call_module":
-            _lint_layer(node, module.get_submodule(str(node.target)))
+            _lint_layer(node, layers[str(node.target)])
     _lint_tensors(module, used)
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ....ir.graph import Graph
+from ....ir.graph import Graph, submodule
 from ....ir.groups import Groups
 from ....ir.labels import Slot
 from .magnitude import l1, l2
@@ -44,7 +44,7 @@ def _produces(graph: Graph, slot: Slot) -> bool:
     owner, _, leaf = slot.name.rpartition(".")
     if leaf != "weight" or slot.name.startswith("%"):
         return False
-    layer = graph.module.get_submodule(owner)
+    layer = submodule(graph.module, owner)
     if isinstance(layer, nn.modules.conv._ConvNd):
         depthwise = layer.groups > 1 and layer.groups == layer.in_channels
         return slot.dim == (1 if layer.transposed and not depthwise else 0)
