@@ -149,9 +149,9 @@ class _CostFunction:
         for slot, vector in labels.slots.items():
             by_name.setdefault(slot.name, []).append(groups.vector(vector))
         for node, value in labels.constants.items():
-            if node.op == "get_attr" and str(node.target) not in by_name:
+            if node.op == "get_attr" and labels.first_name(str(node.target)) not in by_name:
                 axis = groups.axis(value)
-                by_name[str(node.target)] = [axis[1]] if axis is not None else []
+                by_name[labels.first_name(str(node.target))] = [axis[1]] if axis is not None else []
         params = [(float(p.numel()), by_name.get(name, [])) for name, p in graph.module.named_parameters()]
         self._macs, self._params = self._table(macs), self._table(params)
         self._shares = self._matrix(groups.count)
@@ -211,7 +211,7 @@ def find_groups(graph: Graph, attention: str = "width", norms: str = "keep") -> 
 
 def _pin_conflicts(labels: Labels) -> None:
     """A parameter that is a layer's weight and also read as a value is left as it is: its dimensions are tied."""
-    whole = {str(n.target): n for n in labels.constants if n.op == "get_attr"}
+    whole = {labels.first_name(str(n.target)): n for n in labels.constants if n.op == "get_attr"}
     for slot, vector in labels.slots.items():
         node = whole.get(slot.name)
         if node is not None:

@@ -90,6 +90,7 @@ class Labels:
     _computed: dict[fx.Node, Any] = field(default_factory=dict)
     _constant: set[fx.Node] = field(default_factory=set)
     _by_target: dict[str, fx.Node] = field(default_factory=dict)
+    _first_names: dict[str, str] = field(default_factory=dict)
 
     # -- reading the graph ------------------------------------------------------------------------------------
 
@@ -112,7 +113,11 @@ class Labels:
         """The one node that stands for all reads of the same parameter."""
         if constant.op != "get_attr":
             return constant
-        return self._by_target.setdefault(str(constant.target), constant)
+        return self._by_target.setdefault(self.first_name(str(constant.target)), constant)
+
+    def first_name(self, name: str) -> str:
+        """The first of the names of a tensor that has several (tied weights)."""
+        return self._first_names.get(name, name)
 
     def constant_value(self, node: fx.Node) -> Any:
         """The real value of a constant node, computed from the graph's tensors."""
@@ -201,7 +206,7 @@ class Labels:
 
     def bind(self, name: str, dim: int, vector: Tensor) -> None:
         """Labels along one dimension of a parameter; a second binding (a shared layer) unites with the first."""
-        slot = Slot(name, dim)
+        slot = Slot(self.first_name(name), dim)
         known = self.slots.get(slot)
         if known is None:
             self.slots[slot] = vector
@@ -307,6 +312,7 @@ def find_labels(graph: Graph, attention: str = "width", norms: str = "keep") -> 
 
     labels = Labels(graph, attention, norms)
     labels._constant = constant_nodes(graph.module.graph)
+    labels._first_names = _first_names(graph)
     for node in graph.module.graph.nodes:
         labels.node = node
         if node.op == "placeholder":
@@ -314,6 +320,17 @@ def find_labels(graph: Graph, attention: str = "width", norms: str = "keep") -> 
         elif node not in labels._constant:
             labels.values[node] = apply_rule(labels, node)
     return labels
+
+
+def _first_names(graph: Graph) -> dict[str, str]:
+    """For every name of a tensor that has several, the first one."""
+    seen: dict[int, str] = {}
+    tensors = (
+        *graph.module.named_parameters(remove_duplicate=False),
+        *graph.module.named_buffers(remove_duplicate=False),
+    )
+    names = {name: seen.setdefault(id(tensor), name) for name, tensor in tensors}
+    return {name: first for name, first in names.items() if name != first}
 
 
 def unlabelled(spec: Any) -> Any:

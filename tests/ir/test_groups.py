@@ -9,6 +9,7 @@ from fxpress.ir.cost import measure_cost
 from fxpress.ir.cut import Cut, apply_cut
 from fxpress.ir.groups import Groups, find_groups
 from fxpress.ir.trace import trace
+from fxpress.ir.verify import prove_cut
 from torch import Tensor, nn
 
 
@@ -104,3 +105,32 @@ def test_a_small_flattened_map_keeps_its_channels_apart() -> None:
 
     groups = find_groups(trace(Heads().eval(), torch.randn(2, 3, 2, 2)))
     assert [(group.name, group.channels) for group in groups.groups] == [("one", 8), ("two", 4)]
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(self.embed(x))))  # type: ignore[no-any-return]
+
+
+def test_a_tensor_with_two_names_is_cut_once() -> None:
+    groups = find_groups(trace(Tied().eval(), torch.randint(0, 11, (4, 3))))
+    (group,) = groups.groups
+    assert {(s.name, s.dim) for s in group.slots} == {
+        ("embed.weight", 1),
+        ("inner.weight", 1),
+        ("inner.weight", 0),
+        ("inner.bias", 0),
+    }
+    cut = Cut(groups, group.classes[:3])
+    candidate = cut.apply("test")
+    assert prove_cut(cut, candidate) < 1e-6
+    assert candidate.tensor("head.weight") is candidate.tensor("embed.weight")
+    assert candidate.tensor("head.weight").shape == (11, 5)
+    assert groups.cost(cut.kept).params == sum(p.numel() for p in candidate.module.parameters())
