@@ -189,9 +189,12 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:
         parameter.requires_grad_(False)  # the counter's module hooks stumble over leaves inside of tuples
-    # the fused attention kernel of the CPU is not known to the counter, the plain one is
+    # fused attention kernels are not known to the counter, the plain operations are
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(image)
+    torch.backends.mha.set_fastpath_enabled(fast)
     for parameter in learned:
         parameter.requires_grad_(True)
     return int(counter.get_total_flops() // 2)
