@@ -29,7 +29,8 @@ HINTS: tuple[tuple[str, str], ...] = (
     ("change its result", "Its result would depend on how many channels there are; use a learned layer, such as a "
      "linear layer, in its place."),
     ("runs along the channels", "An order among the channels forbids to leave some out; move it to another dimension."),
-    ("statistics would change", "A batch norm in its place has statistics for each channel by itself."),
+    ("statistics would change", "A batch norm in its place has statistics for each channel by itself; "
+     "or cut it all the same (prune-channels: {norms: refit}): the norm then runs over the channels that stay."),
     ("computed from the input", "The weight has no channels of its own to cut; cut the layers around it."),
     ("parameter that is also", "Use separate parameters for the layer and for the value."),
     ("together", "One of them cannot go alone, as shuffles, halves or shared layers give each of them to all others; "

@@ -203,9 +203,10 @@ def main() -> None:
 def _load(model: str, weights: Path | None, inputs: list[str] | None, seed: int = 0) -> LoadedModel:
     from .models import load_model
 
+    loaded = load_model(model, weights, inputs=inputs or (), seed=seed)
     if weights is None and model.startswith(("torchvision:", "timm:")):
         print(f"note: {model} has random weights; --weights FILE loads trained ones", file=sys.stderr)
-    return load_model(model, weights, inputs=inputs or (), seed=seed)
+    return loaded
 
 
 def _graph(model: str, weights: Path | None, inputs: list[str] | None) -> Graph:

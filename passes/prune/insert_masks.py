@@ -131,7 +131,7 @@ def _give(factors: FloatArray, anchor: Anchor, values: FloatArray) -> None:
             f"given {len(values)} factors"
         )
     for channel, (index, value) in enumerate(zip(anchor.classes, values, strict=True)):
-        if index and factors[index] not in (value,) and not np.isnan(factors[index]):
+        if index and factors[index] != value and not np.isnan(factors[index]):
             raise OptionError(
                 f"pass 'insert-masks', option 'masks': channel {channel} of {anchor.path} is given {value:g} and, "
                 f"by a layer or group that it belongs together with, {factors[index]:g}"
