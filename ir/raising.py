@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from . import dialect
-from .layer_rules import DROPOUTS, RULES, Arguments, Described, Rule, bound
-from .module_tree import Store, own_tensors
+from .nodes import arguments
+from .tracing.layer_rules import DROPOUTS, RULES, Arguments, Described, Rule
+from .tracing.module_tree import Store, own_tensors
 
 Origin = Callable[[str], nn.Module | None]
 
@@ -61,16 +62,16 @@ def raise_layers(graph: fx.Graph, store: Store, origin: Origin) -> dict[str, nn.
 
 def _raise_layer(run: _Raising, node: fx.Node, rule: Rule, *, at_home: bool) -> bool:
     """Make a call of a layer of an operation if one fits; only of the running module's own with `at_home`."""
-    arguments = bound(node)
-    owners = _owners(run, rule, arguments)
+    given = arguments(node)
+    owners = _owners(run, rule, given)
     if at_home:
         owners = [path for path in owners if _is_running(run, node, path)]
-    described = rule.describe(arguments) if owners else None
+    described = rule.describe(given) if owners else None
     if described is None:
         return False
     for path in owners:
         if _claim(run, path, _completed(run, path, *described)):
-            _replace(run, node, path, arguments[rule.input])
+            _replace(run, node, path, given[rule.input])
             return True
     return False
 
@@ -144,18 +145,18 @@ def _replace(run: _Raising, node: fx.Node, path: str, source: fx.Node) -> None:
 
 def _raise_dropout(run: _Raising, node: fx.Node) -> None:
     """An inactive dropout becomes a layer, so that `train()` activates it; one of probability 0 goes."""
-    arguments = bound(node)
-    if arguments["train"]:
+    given = arguments(node)
+    if given["train"]:
         return
-    if arguments["p"] == 0:
-        node.replace_all_uses_with(arguments["input"])
+    if given["p"] == 0:
+        node.replace_all_uses_with(given["input"])
         run.graph.erase_node(node)
         return
-    described: Described = DROPOUTS[node.target._opname], {"p": arguments["p"]}  # type: ignore[union-attr]
+    described: Described = DROPOUTS[node.target._opname], {"p": given["p"]}  # type: ignore[union-attr]
     path = _dropout_path(run, node.meta.get("path", ""), described)
     if path not in run.layers:
         _add(run, path, described, dialect.build(*described))
-    _replace(run, node, path, arguments["input"])
+    _replace(run, node, path, given["input"])
 
 
 def _dropout_path(run: _Raising, path: str, described: Described) -> str:

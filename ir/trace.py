@@ -19,10 +19,11 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from . import cleaning, composing, dialect, explaining, exporting, functional, importing, layer_rules, raising, specs
+from . import dialect, raising
 from .errors import TraceError
 from .graph import Graph
-from .module_tree import Store, build_tree, check_finite
+from .tracing import cleaning, composing, explaining, exporting, functional, importing, layer_rules, specs
+from .tracing.module_tree import Store, build_tree, check_finite
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 

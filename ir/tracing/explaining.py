@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import TraceError
 from . import provenance
-from .errors import TraceError
 
 _VALUES = ("data-dependent", "data dependent", "_local_scalar_dense", "is_nonzero", "unbacked", "dynamic control")
 

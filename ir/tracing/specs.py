@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .graph import TensorSpec
+from ..graph import TensorSpec
 
 
 def describe(graph: fx.Graph) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ModelError, TraceError
+from ..errors import ModelError, TraceError
 
 
 class Store:

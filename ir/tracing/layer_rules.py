@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import arguments
+
 Arguments = dict[str, Any]
 Described = tuple[str, Arguments]
 
@@ -25,13 +27,6 @@ class Rule:
     describe: Callable[[Arguments], Described | None]
     roles: tuple[str, ...] = ("weight", "bias")
     input: str = "input"
-
-
-def bound(node: fx.Node) -> Arguments:
-    """Arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: v for a, v in zip(schema, node.args, strict=False)}
-    return {**{a.name: a.default_value for a in schema if a.has_default_value()}, **given, **node.kwargs}
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -106,7 +101,7 @@ def moved_statistics(node: fx.Node) -> str:
     rule = RULES.get(getattr(node.target, "_opname", ""))
     if rule is None or "running_mean" not in rule.roles:
         return ""
-    a = bound(node)
+    a = arguments(node)
     moves = a["running_mean"] is not None and (a.get("training") or a.get("use_input_stats"))
     return str(getattr(a["running_mean"], "target", "")) if moves else ""
 

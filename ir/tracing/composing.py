@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .layer_rules import Arguments, bound
+from ..nodes import arguments
+from .layer_rules import Arguments
 
 aten = torch.ops.aten
 Composed = tuple[torch._ops.OpOverload, tuple[Any, ...]]
@@ -57,14 +58,14 @@ def _compose_norm(graph: fx.Graph, node: fx.Node) -> None:
     parts = list(node.users)
     if any(part.target is not operator.getitem or (part.args[1] != 0 and part.users) for part in parts):
         return
-    target, args = _NORMS[node.target](bound(node))
+    target, args = _NORMS[node.target](arguments(node))
     for part in parts:
         if part.args[1] == 0:
             _replace(graph, part, target, args, node)
 
 
 def _compose_linear(graph: fx.Graph, node: fx.Node) -> None:
-    a = bound(node)
+    a = arguments(node)
     bias, left, right = a.get("self"), a.get("mat1"), a["mat2"]
     if node.target is aten.mm.default:
         bias, left = None, a["self"]
@@ -79,9 +80,9 @@ def _is_transpose(node: fx.Node) -> bool:
     """Whether a node is the transpose of a matrix that the model stores."""
     swaps = node.target is aten.t.default
     if node.target is aten.permute.default:
-        swaps = [d % 2 for d in bound(node)["dims"]] == [1, 0]
+        swaps = [d % 2 for d in arguments(node)["dims"]] == [1, 0]
     elif node.target is aten.transpose.int:
-        swaps = bound(node)["dim0"] % 2 != bound(node)["dim1"] % 2
+        swaps = arguments(node)["dim0"] % 2 != arguments(node)["dim1"] % 2
     return swaps and node.all_input_nodes[0].op == "get_attr"
 
 

@@ -14,8 +14,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from ..errors import TraceError
 from . import explaining, provenance
-from .errors import TraceError
 
 Values = dict[fx.Node, Any]
 # states about sizes and values that hold on the example inputs, not operations of the network
