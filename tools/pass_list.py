@@ -31,11 +31,15 @@ def describe_pass(name: str) -> RenderableType:
         OptionError: no such pass.
     """
     cls = find_pass(name)
-    module = inspect.getmodule(cls)
-    algebra = inspect.cleandoc((module.__doc__ if module else None) or "")
     head = Text.assemble((name, "bold"), f"  {cls.semantics.value}")
-    texts = [Text(text) for text in (inspect.cleandoc(cls.__doc__ or ""), algebra) if text]
+    texts = [Text(paragraph) for paragraph in _paragraphs(inspect.cleandoc(cls.__doc__ or ""))]
     return Group(head, *(Padding(text, (1, 0, 0, 0)) for text in texts), Padding(_options(cls), (1, 0, 0, 0)))
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Paragraphs of a docstring for a terminal of any width; indented ones (formulas) keep their lines."""
+    parts = text.split("\n\n")
+    return [part if part.startswith(" ") else " ".join(part.split()) for part in parts]
 
 
 def _options(cls: type[Pass]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""`prune-channels`: remove channels, with everything that depends on them."""
+"""`prune-channels`: choose, cut, prove, commit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
-from .criteria import CRITERIA, score_classes
+from .criteria import Criterion, score_classes
 from .selection import Blocks, BoolArray, fill_up, give_back, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
 
 
 class PruneChannels(Pass):
-    """Remove channels and all that depends on them: rows, columns, norms, the other summands of a residual add.
+    """Remove channels with everything that depends on them: rows, columns, norms, other summands of a residual add.
 
     Channels are ordered by a criterion (Li et al. 2017 for `l1`), least first; the shortest prefix of that order that
     meets the ratio or the budget goes. The network with the channels removed is proven equal to the one in which they
@@ -42,7 +42,7 @@ class PruneChannels(Pass):
     """What may remain: `macs` and/or `params`, as a fraction or an amount; met within 2 %."""
     scope: Literal["uniform", "global"] = "uniform"
     """`uniform` shrinks all groups alike, `global` lets one threshold on normalised scores decide."""
-    criterion: str = "l1"
+    criterion: Criterion = "l1"
     """What says how much a channel matters: `l1` or `l2` norm of its weights."""
     round_to: Annotated[int, Field(ge=1, le=1024)] = 1
     """Widths become multiples of this many channels."""
@@ -65,9 +65,6 @@ class PruneChannels(Pass):
             raise InvalidOptionError(
                 f"exactly one of 'ratio', 'budget' and 'masks' is needed; given: {given or 'none'}"
             )
-        if self.criterion not in CRITERIA:
-            allowed = ", ".join(map(repr, CRITERIA))
-            raise InvalidOptionError(f"option 'criterion': given {self.criterion!r}, allowed: {allowed}")
         unmet = [m for m in self.budget.metrics if m not in ("macs", "params")] if self.budget else []
         if unmet:
             raise InvalidOptionError(f"option 'budget': given {unmet[0]!r}, allowed: 'macs', 'params'")

@@ -1,11 +1,13 @@
 """Criteria: what says how much a channel matters. A criterion is a pure function from a weight to a score per row.
 
-How to add one: a function `(rows: Tensor (n, weights)) -> Tensor (n,)`, higher means keep, and a row in `CRITERIA`.
+How to add one: a function `(rows: Tensor (n, weights)) -> Tensor (n,)`, higher means keep, a row in `CRITERIA`, and
+its name in `Criterion`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +19,11 @@ from ....ir.groups import Groups
 from ....ir.labels import Slot
 from .magnitude import l1, l2
 
+Criterion = Literal["l1", "l2"]
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "l2": l2}
 
 
-def score_classes(graph: Graph, groups: Groups, criterion: str) -> npt.NDArray[np.float64]:
+def score_classes(graph: Graph, groups: Groups, criterion: Criterion) -> npt.NDArray[np.float64]:
     """Score of every class, shape (groups.count,): the mean over its channels in all layers that produce them.
 
     Scores are divided by the mean of their layer first, so that layers of different fan-in count alike and a global

@@ -188,7 +188,7 @@ def test_masks_that_do_not_fit(graph: Graph, options: dict[str, Any], message: s
     [
         ({"masks": {}, "ratio": 0.5}, "'masks' and 'ratio' exclude each other"),
         ({"ratio": 1.0}, "option 'ratio': given 1.0, allowed: number >= 0 and < 1"),
-        ({"criterion": "l3"}, "option 'criterion': given 'l3', allowed: 'l1', 'l2'"),
+        ({"criterion": "l3"}, "option 'criterion': given 'l3', allowed: 'l1' or 'l2'"),
         ({"masks": {"stem": [float("nan")]}}, "option 'masks': given"),
     ],
 )

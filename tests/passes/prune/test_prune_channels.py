@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context
 from fxpress.passes.budget import Budget
 from fxpress.passes.prune import prune_channels
-from fxpress.passes.prune.criteria import CRITERIA, score_classes
+from fxpress.passes.prune.criteria import CRITERIA, Criterion, score_classes
 from fxpress.passes.prune.insert_masks import InsertMasks
 from fxpress.passes.prune.prune_channels import PruneChannels
 from torch import Tensor, nn
@@ -144,6 +144,10 @@ REFERENCE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def test_the_option_allows_what_the_table_holds() -> None:
+    assert set(get_args(Criterion)) == set(CRITERIA) == set(REFERENCE)
+
+
 @pytest.mark.parametrize("name", CRITERIA)
 def test_criteria_against_numpy(name: str) -> None:
     rows = torch.randn(7, 12)
@@ -199,7 +203,7 @@ def test_a_failed_proof_leaves_the_graph_as_it_was(graph: Graph, monkeypatch: py
         ({}, "exactly one of"),
         ({"ratio": 0.5, "budget": Budget(macs=0.5)}, "exactly one of"),
         ({"ratio": 1.0}, "ratio"),
-        ({"ratio": 0.5, "criterion": "l3"}, "'l3', allowed: 'l1', 'l2'"),
+        ({"ratio": 0.5, "criterion": "l3"}, "'l3', allowed: 'l1' or 'l2'"),
         ({"ratio": 0.5, "scope": "local"}, "scope"),
         ({"ratio": 0.5, "round_to": 0}, "round_to"),
         ({"budget": Budget(latency=0.5)}, "'latency', allowed: 'macs', 'params'"),
