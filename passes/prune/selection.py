@@ -128,7 +128,7 @@ def fill_up(blocks: Blocks, start: int, allowed: Test, fits: Test) -> BoolArray 
     for index in range(start, len(blocks)):
         if int(blocks.group[index]) in closed:
             continue
-        trial = kept.copy()
+        trial: BoolArray = kept.copy()
         trial[blocks[index]] = False
         if not allowed(trial):
             closed.add(int(blocks.group[index]))

@@ -8,9 +8,11 @@ from torch import Tensor
 
 def l1(rows: Tensor) -> Tensor:
     """sum_i |w_i| of each row; rows (n, weights) -> (n,)."""
-    return torch.linalg.vector_norm(rows, ord=1, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, ord=1, dim=1)
+    return norms
 
 
 def l2(rows: Tensor) -> Tensor:
     """sqrt(sum_i w_i^2) of each row; rows (n, weights) -> (n,)."""
-    return torch.linalg.vector_norm(rows, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
