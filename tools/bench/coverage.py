@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as a page")
     parser.add_argument("--only", choices=SIDES, help="measure one side")
     parser.add_argument("--again", action="store_true", help="measure what the file holds already")
+    parser.add_argument("--report", action="store_true", help="measure nothing, tell what the file holds")
     parser.add_argument("--retry", action="store_true", help="measure again what was not cut")
     parser.add_argument("--size", type=int, help="side of the image in pixels (default: the network's own)")
     parser.add_argument("--double", action="store_true", help="oracle in double precision for every network")
@@ -84,6 +85,8 @@ def run(
 
 
 def _missing(facts: dict[str, Any] | None, options: argparse.Namespace) -> bool:
+    if options.report:
+        return False
     return facts is None or options.again or (options.retry and not facts.get("cut"))
 
 
