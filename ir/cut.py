@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from .errors import CutError
 from .families.producers import constant_name
 from .graph import Graph, TensorSpec, remove_dead_code, submodule
-from .groups import BoolArray, Groups, tensors
+from .groups import BoolArray, Groups
 from .labels import IntArray
 from .rewrites import REWRITES, fit_layer, rescale, spread_out
 
@@ -38,8 +38,8 @@ class Cut:
             raise CutError(f"{int((~self.kept & groups.locked).sum())} of the {len(dead)} classes to cut are locked")
         self._stays: dict[int, tuple[BoolArray, bool, Tensor]] = {}
         self._vectors: list[IntArray] = []
-        for node, value in tensors(self.labels):
-            if not self.stays(groups.vector(value)).any():
+        for node, vector in {id(vector): (node, vector) for node, vector in groups.held}.values():
+            if not self.stays(vector).any():
                 raise CutError(f"the cut would leave {node.name} without a channel", hint="keep at least one")
 
     # -- what stays of a tensor -----------------------------------------------------------------------------

@@ -56,7 +56,14 @@ class Group:
 
 @dataclass
 class Groups:
-    """All groups of a graph, and the cost of the graph as a function of the classes that are kept."""
+    """All groups of a graph, and the cost of the graph as a function of the classes that are kept.
+
+    Attributes:
+        class_of: class of each atom, shape (atoms,); class 0 is what may not be cut.
+        count: number of classes.
+        locked: which classes may not be cut, shape (count,).
+        held: the classes of every tensor of the graph, with its node.
+    """
 
     graph: Graph
     labels: Labels
@@ -64,6 +71,7 @@ class Groups:
     count: int
     locked: BoolArray
     groups: list[Group] = field(default_factory=list)
+    held: list[tuple[fx.Node, IntArray]] = field(default_factory=list)
     _vectors: dict[tuple[int, ...], IntArray] = field(default_factory=dict)
 
     # -- what a tensor holds --------------------------------------------------------------------------------
@@ -256,7 +264,8 @@ def _solve_rectangular(labels: Labels) -> tuple[IntArray, int]:
 def _lock_and_group(groups: Groups) -> None:
     """Lock what may not be cut, and gather the rest by where it appears."""
     labels = groups.labels
-    vectors = {id(v): v for v in (groups.vector(value) for _, value in tensors(labels))}
+    groups.held = [(node, groups.vector(value)) for node, value in tensors(labels)]
+    vectors = {id(v): v for _, v in groups.held}
     vectors |= {id(v): v for v in (groups.vector(vector) for vector in labels.slots.values())}
     present = {key: _distinct(vector, groups.count) for key, vector in vectors.items()}
     for classes in present.values():
@@ -295,8 +304,8 @@ def _gather(groups: Groups, free: IntArray, present: dict[int, IntArray]) -> Non
         for index in owners[id(groups.vector(vector))]:
             if index >= 0:
                 slots[index].append(slot)
-    for node, value in tensors(groups.labels):
-        for index in owners[id(groups.vector(value))]:
+    for node, vector in groups.held:
+        for index in owners[id(vector)]:
             if index >= 0 and (not members[index] or members[index][-1] != node.name):
                 members[index].append(node.name)
     order = np.argsort(owner[free], kind="stable")

@@ -325,11 +325,7 @@ def find_labels(graph: Graph, attention: str = "width", norms: str = "keep") -> 
 def _first_names(graph: Graph) -> dict[str, str]:
     """For every name of a tensor that has several, the first one."""
     seen: dict[int, str] = {}
-    tensors = (
-        *graph.module.named_parameters(remove_duplicate=False),
-        *graph.module.named_buffers(remove_duplicate=False),
-    )
-    names = {name: seen.setdefault(id(tensor), name) for name, tensor in tensors}
+    names = {name: seen.setdefault(id(places[0][1]), name) for name, places in graph.owners().items()}
     return {name: first for name, first in names.items() if name != first}
 
 

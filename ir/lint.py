@@ -26,12 +26,12 @@ def lint(module: fx.GraphModule) -> None:
             raise GraphError(f"node {node.name!r} ({node.op} {node.target}) is dead: nothing reads it")
         if node.op == "call_module":
             _lint_layer(node, layers[str(node.target)])
-    _lint_tensors(module, used)
+    _lint_tensors(layers, used)
 
 
-def _lint_tensors(module: fx.GraphModule, used: set[str]) -> None:
+def _lint_tensors(modules: dict[str, nn.Module], used: set[str]) -> None:
     """Every parameter and buffer belongs to a called layer or is read by a `get_attr`."""
-    for path, child in module.named_modules():
+    for path, child in modules.items():
         for leaf in (*child._parameters, *child._buffers):
             name = f"{path}.{leaf}" if path else leaf
             if name not in used and path not in used and getattr(child, leaf) is not None:
