@@ -193,7 +193,7 @@ def _replace(places: list[tuple[nn.Module, Tensor, str]], value: Tensor) -> None
 
 def _fold(twin: Graph, node: fx.Node, new: fx.Node, value: Tensor) -> None:
     """Put the value of a computed constant in its place, trainable where what it was computed from was."""
-    name = f"{node.name}_folded"
+    name, value = f"{node.name}_folded", value.clone()  # a view of a parameter must not be trained with it
     trainable = value.is_floating_point() and any(
         isinstance(twin.tensor(str(s.target)), nn.Parameter) for s in _sources(new)
     )
