@@ -304,8 +304,8 @@ def _gather(groups: Groups, free: IntArray, present: dict[int, IntArray]) -> Non
         for index in owners[id(groups.vector(vector))]:
             if index >= 0:
                 slots[index].append(slot)
-    for node, vector in groups.held:
-        for index in owners[id(vector)]:
+    for node, held in groups.held:
+        for index in owners[id(held)]:
             if index >= 0 and (not members[index] or members[index][-1] != node.name):
                 members[index].append(node.name)
     order = np.argsort(owner[free], kind="stable")
