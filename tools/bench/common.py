@@ -43,7 +43,7 @@ def header(seed: int, command: str | None = None) -> Row:
     environment = {
         "machine": cpu_name(),
         "cores": os.cpu_count(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": installed_versions(),
         "threads": torch.get_num_threads(),
