@@ -40,6 +40,11 @@ def reach(facts: Facts) -> float:
     return max(float(facts["cuttable"]), float(facts.get("cuttable_refit", 0.0)))
 
 
+def silently_wrong(peer: Facts) -> bool:
+    """Whether the peer's README call gave wrong numbers; a recipe lent to another network than its own is no claim."""
+    return bool(peer.get("wrong")) and str(peer.get("recipe")).startswith("README")
+
+
 def exact(facts: Facts) -> bool:
     """Whether the cut network equals the masked one, and both the network's own code, to the precision wanted."""
     double = facts.get("distance_double")
@@ -143,7 +148,7 @@ def _grid(lines: list[list[str]]) -> str:
 def _peer_word(peer: Facts) -> str:
     if not peer:
         return ""
-    return "wrong" if peer.get("wrong") else pretty(bool(peer.get("cut")))
+    return "wrong" if silently_wrong(peer) else pretty(bool(peer.get("cut")))
 
 
 def summary(records: Records) -> list[Row]:
@@ -207,7 +212,7 @@ def _wrong_rows(records: Records) -> list[Row]:
     ours = [sides[OURS] for sides in records.values() if OURS in sides]
     peer = [sides[PEER] for sides in records.values() if PEER in sides]
     wrong = sum(bool(facts.get("cut")) and not exact(facts) for facts in ours)
-    peer_wrong = sum(bool(facts.get("wrong")) for facts in peer)
+    peer_wrong = sum(map(silently_wrong, peer))
     silent = sum(not facts.get("cut") and not facts.get("reason") for facts in ours)
     rows = []
     if ours:
