@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -113,10 +114,20 @@ def time_torch_pruning(subject: Subject) -> Times:
 
 
 def timed(task: Callable[[], Any]) -> tuple[Any, float]:
-    """A task's result and its seconds of CPU time (one thread; the machine may be shared)."""
+    """A task's result and its seconds of CPU time (one thread; the machine may be shared).
+
+    As in `timeit`, the garbage of what ran before is collected first and the collector waits: a full collection of what
+    an export leaves behind takes longer than most of these tasks, and would fall on whichever comes next.
+    """
+    gc.collect()
+    gc.disable()
     start = time.process_time()
-    result = task()
-    return result, time.process_time() - start
+    try:
+        result = task()
+    finally:
+        seconds = time.process_time() - start
+        gc.enable()
+    return result, seconds
 
 
 def rows_of(subject: Subject, ours: Times, peer: Times) -> list[Row]:
