@@ -39,8 +39,9 @@ class Cut:
         self._stays: dict[int, tuple[BoolArray, bool, Tensor]] = {}
         self._vectors: list[IntArray] = []
         for node, vector in {id(vector): (node, vector) for node, vector in groups.held}.values():
-            if not self.stays(vector).any():
-                raise CutError(f"the cut would leave {node.name} without a channel", hint="keep at least one")
+            if len(vector) and not self.stays(vector).any():
+                hint = "Keep at least one channel of every tensor."
+                raise CutError(f"the cut would leave {node.name} without a channel", hint=hint)
 
     # -- what stays of a tensor -----------------------------------------------------------------------------
 

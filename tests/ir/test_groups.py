@@ -107,6 +107,21 @@ def test_a_small_flattened_map_keeps_its_channels_apart() -> None:
     assert [(group.name, group.channels) for group in groups.groups] == [("one", 8), ("two", 4)]
 
 
+def test_an_empty_slice_is_no_obstacle() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(torch.cat([y[:, :0], torch.relu(y[:, 0:])], 1))  # type: ignore[no-any-return]
+
+    groups = find_groups(trace(Empty().eval(), torch.randn(2, 5, 6)))
+    cut = Cut(groups, groups.groups[0].classes[:3])
+    assert prove_cut(cut, cut.apply("test")) < 1e-6
+
+
 class Tied(nn.Module):
     """Two layers with one weight."""
 
