@@ -142,7 +142,8 @@ def _by_budget(groups: Groups, blocks: Blocks, limits: dict[str, float]) -> tupl
     if not fits(kept):
         raise BudgetError(
             _unmet(groups.cost(kept), groups.cost(), limits),
-            hint="Raise the budget, lower floor, round_to or ignore, or set norms to refit.",
+            hint="Raise the budget, or lower floor, round_to or ignore"
+            + (", or set norms to refit." if groups.labels.norms == "keep" else "."),
         )
     if count and not close(kept):
         finer = fill_up(blocks, count - 1, close, fits)
