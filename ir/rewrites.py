@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 def fit_layer(layer: nn.Module, cut: Cut, node: fx.Node) -> None:
     """Set the sizes that a layer states to those of its sliced tensors; one that is called twice is fitted twice."""
-    for types, fit in LAYERS.items():
+    for types, fit in FITS.items():
         if isinstance(layer, types):
             fit(layer, cut, node)
 
@@ -70,7 +70,7 @@ def _fit_mask(layer: Any, _cut: Cut, _node: fx.Node) -> None:
         layer.channels = layer.mask.shape[0]
 
 
-LAYERS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
+FITS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
     nn.modules.conv._ConvNd: _fit_convolution,
     nn.Linear: _fit_linear,
     nn.Embedding: _fit_embedding,
@@ -97,9 +97,8 @@ def sizes(cut: Cut, node: fx.Node, new: fx.Node) -> None:
     stated = arguments(new)
     name = "shape" if "shape" in stated else "size"
     given = list(stated[name])
-    offset = len(node.meta["spec"].shape) - len(given)  # `repeat`-like ops may state more, never fewer
-    if given[dim - offset] != -1:
-        given[dim - offset] = _scaled(new, given[dim - offset], int(stays.sum()), len(stays))
+    if given[dim] != -1:
+        given[dim] = _scaled(new, given[dim], int(stays.sum()), len(stays))
         set_argument(new, name, given)
 
 
