@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...ir.errors import DataError, OptionError, TrainingError
 from ..data import Batch, Data, Loader, check_targets, images_in
 from ..forward import device_of, forward, modes_restored
-from .losses import CrossEntropy, Objective
+from .losses import CrossEntropy, Lesson, Objective
 from .progress import TrainBar
 from .seeds import seeded
 from .settings import TrainSettings
@@ -157,8 +157,7 @@ class _Run:
         _set_epoch(self.loader, self.source, epoch)
         sums, count = torch.zeros(3, dtype=torch.float64), 0
         for batch in shared_batches(self.accelerator, self.loader, epoch):
-            self._set_lr(epoch, count)
-            sums += self._learn(batch, f"batch {count} of train")
+            sums += self._learn(batch, f"batch {count} of train", self._set_lr(epoch, count))
             count, self.step = count + 1, self.step + 1
             bar.step(epoch, images_in(batch[0]), float(sums[0]) / count, float(sums[1] / sums[2]))
         if self.steps_per_epoch != count:
@@ -167,13 +166,13 @@ class _Run:
         sums = mean(self.accelerator, sums.to(self.accelerator.device))
         return float(sums[0]) / count, float(sums[1] / sums[2])
 
-    def _learn(self, batch: Batch, where: str) -> Tensor:
+    def _learn(self, batch: Batch, where: str, epoch: float) -> Tensor:
         """One step; the loss, how many predictions were right, and how many there were, float64 on the CPU."""
         inputs, targets = batch
         with self._autocast():
             outputs = forward(self.model, inputs, where)
         check_targets(targets, outputs, where)
-        loss = self.objective(outputs, targets, self._ask_teacher(batch, where))
+        loss = self.objective(Lesson(outputs, targets, self._ask_teacher(batch, where), epoch=epoch))
         self._check_finite(loss)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -194,12 +193,17 @@ class _Run:
         bf16 = self.settings.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16)
 
-    def _set_lr(self, epoch: int, index: int) -> None:
-        """The rate for the middle of this step; without a known length, an epoch is one flat stair."""
+    def _set_lr(self, epoch: int, index: int) -> float:
+        """Set the rate for the middle of this step and return where that is, in epochs.
+
+        Without a known length, an epoch is one flat stair.
+        """
         inside = (index + 0.5) / self.steps_per_epoch if self.steps_per_epoch else 0.5
-        self.lr = self.settings.learning_rate(min(1.0, (epoch + min(inside, 1.0)) / self.settings.epochs))
+        middle = epoch + min(inside, 1.0)
+        self.lr = self.settings.learning_rate(min(1.0, middle / self.settings.epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        return middle
 
     def _check_finite(self, loss: Tensor) -> None:
         """Stop all processes if any has a bad loss, with the student as it was after the last good epoch."""

@@ -1,11 +1,12 @@
 """Training objectives: what a student is asked for, given the targets and what its teacher says.
 
-Every objective is a module `objective(outputs, targets, teacher_outputs) -> loss` with outputs `(N, classes, *space)`
-and targets `(N, *space)`; the loss is a mean over the `N · space` predictions, computed in at least float32.
+Every objective is a module `objective(lesson) -> loss`; the loss is a mean over the `N · space` predictions of the
+lesson, computed in at least float32.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,12 +16,33 @@ from torch.nn import functional
 from ...ir.errors import OptionError
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What one step of training knows.
+
+    Args:
+        outputs: the student's class scores z, `(N, classes, *space)`.
+        targets: class indices `(N, *space)`, or probabilities of the shape of `outputs` (mixed images).
+        teacher_outputs: the teacher's class scores v, of the shape of `outputs`.
+        features: the student's tensors at the places of knowledge, in order.
+        teacher_features: the teacher's, in the same order.
+        epoch: epochs done so far, as a fraction: 1.5 is the middle of the second.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+    teacher_outputs: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
+    teacher_features: tuple[Tensor, ...] = ()
+    epoch: float = 0.0
+
+
 class Objective(nn.Module):
-    """Base of all objectives; `needs_teacher` says whether `teacher_outputs` must be given."""
+    """Base of all objectives; `needs_teacher` says whether the lesson must hold what a teacher says."""
 
     needs_teacher: ClassVar[bool] = False
 
-    def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
+    def forward(self, lesson: Lesson) -> Tensor:
         """The loss, a scalar."""
         raise NotImplementedError
 
@@ -38,14 +60,9 @@ class CrossEntropy(Objective):
             raise OptionError(f"label_smoothing {label_smoothing} is out of range: at least 0 and below 1")
         self.label_smoothing = label_smoothing
 
-    def forward(
-        self,
-        outputs: Tensor,
-        targets: Tensor,
-        teacher_outputs: Tensor | None = None,  # noqa: ARG002  (every objective is called alike)
-    ) -> Tensor:
+    def forward(self, lesson: Lesson) -> Tensor:
         """The loss; the teacher is not asked."""
-        return functional.cross_entropy(_precise(outputs), targets, label_smoothing=self.label_smoothing)
+        return functional.cross_entropy(_precise(lesson.outputs), lesson.targets, label_smoothing=self.label_smoothing)
 
 
 class KnowledgeDistillation(Objective):
@@ -69,19 +86,20 @@ class KnowledgeDistillation(Objective):
         self.temperature, self.alpha = temperature, alpha
         self.cross_entropy = CrossEntropy(label_smoothing)
 
-    def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
+    def forward(self, lesson: Lesson) -> Tensor:
         """The loss.
 
         Raises:
             OptionError: no teacher's outputs, or outputs of another shape than the student's.
         """
+        outputs, teacher_outputs = lesson.outputs, lesson.teacher_outputs
         if teacher_outputs is None or teacher_outputs.shape != outputs.shape:
             given = "none" if teacher_outputs is None else tuple(teacher_outputs.shape)
             raise OptionError(
                 f"distillation needs teacher outputs of the student's shape {tuple(outputs.shape)}, given: {given}",
                 hint="Take a teacher with the same classes in the same order.",
             )
-        hard: Tensor = self.cross_entropy(outputs, targets)
+        hard: Tensor = self.cross_entropy(lesson)
         soft = soft_divergence(outputs, teacher_outputs, self.temperature)
         return (1 - self.alpha) * hard + self.alpha * self.temperature**2 * soft
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fxpress.ir.errors import DataError, OptionError, TrainingError
 from fxpress.runtime.data import Data, load_data
-from fxpress.runtime.training import CrossEntropy, KnowledgeDistillation, TrainSettings, train
+from fxpress.runtime.training import CrossEntropy, KnowledgeDistillation, Lesson, TrainSettings, train
 from fxpress.runtime.training.share import shared_batches
 from rich.console import Console
 from scipy import special
@@ -41,32 +41,32 @@ class TestLosses:
     def test_distillation_against_scipy(self, temperature, alpha, space):
         outputs, teacher = 3 * draw(6, 5, *space), 3 * draw(6, 5, *space, seed=1)
         targets = torch.randint(5, (6, *space))
-        loss = KnowledgeDistillation(temperature, alpha)(outputs, targets, teacher)
+        loss = KnowledgeDistillation(temperature, alpha)(Lesson(outputs, targets, teacher))
         assert loss.item() == pytest.approx(reference_kd(outputs, targets, teacher, temperature, alpha), rel=1e-12)
 
     def test_gradients(self):
         outputs, teacher, targets = draw(4, 5).requires_grad_(), draw(4, 5, seed=1), torch.tensor([0, 4, 2, 2])
         for objective in (KnowledgeDistillation(3.0, 0.7), CrossEntropy(0.1)):
-            assert torch.autograd.gradcheck(lambda z, f=objective: f(z, targets, teacher), (outputs,))
+            assert torch.autograd.gradcheck(lambda z, f=objective: f(Lesson(z, targets, teacher)), (outputs,))
 
     def test_gradient_in_closed_form(self):
         outputs, teacher = draw(4, 5).requires_grad_(), draw(4, 5, seed=1)
-        KnowledgeDistillation(3.0, 1.0)(outputs, torch.zeros(4).long(), teacher).backward()
+        KnowledgeDistillation(3.0, 1.0)(Lesson(outputs, torch.zeros(4).long(), teacher)).backward()
         expected = 3.0 * (special.softmax(outputs.detach() / 3, axis=1) - special.softmax(teacher / 3, axis=1)) / 4
         np.testing.assert_allclose(outputs.grad.numpy(), expected, atol=1e-12)
 
     def test_zero_where_they_agree_and_finite_far_out(self):
         outputs = 1e4 * draw(4, 5)
         objective = KnowledgeDistillation(4.0, 1.0)
-        assert objective(outputs, torch.zeros(4).long(), outputs + 7).item() == pytest.approx(0, abs=1e-9)
-        assert torch.isfinite(objective(outputs.bfloat16(), torch.zeros(4).long(), -outputs.bfloat16()))
+        assert objective(Lesson(outputs, torch.zeros(4).long(), outputs + 7)).item() == pytest.approx(0, abs=1e-9)
+        assert torch.isfinite(objective(Lesson(outputs.bfloat16(), torch.zeros(4).long(), -outputs.bfloat16())))
 
     def test_label_smoothing(self):
         outputs, targets = draw(4, 5), torch.tensor([0, 1, 2, 3])
         smooth = np.full((4, 5), 0.1 / 5)
         smooth[np.arange(4), targets] += 0.9
         expected = -(smooth * special.log_softmax(outputs.numpy(), axis=1)).sum(1).mean()
-        assert CrossEntropy(0.1)(outputs, targets).item() == pytest.approx(expected, rel=1e-12)
+        assert CrossEntropy(0.1)(Lesson(outputs, targets)).item() == pytest.approx(expected, rel=1e-12)
 
     def test_bad_options(self):
         with pytest.raises(OptionError, match=r"temperature 0.0 must be above 0"):
@@ -76,9 +76,9 @@ class TestLosses:
         with pytest.raises(OptionError, match=r"label_smoothing 1.0 is out of range"):
             CrossEntropy(1.0)
         with pytest.raises(OptionError, match=r"student's shape \(2, 3\), given: \(2, 4\)"):
-            KnowledgeDistillation()(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 4))
+            KnowledgeDistillation()(Lesson(torch.zeros(2, 3), torch.zeros(2).long(), torch.zeros(2, 4)))
         with pytest.raises(OptionError, match="given: none"):
-            KnowledgeDistillation()(torch.zeros(2, 3), torch.zeros(2).long())
+            KnowledgeDistillation()(Lesson(torch.zeros(2, 3), torch.zeros(2).long()))
 
 
 class TestSettings:
@@ -213,9 +213,9 @@ class TestTrain:
         student, seen = network(), []
 
         class Breaking(CrossEntropy):
-            def forward(self, outputs, targets, teacher_outputs=None):
+            def forward(self, lesson):
                 seen.append(copy.deepcopy(student.state_dict()))
-                loss = super().forward(outputs, targets)
+                loss = super().forward(lesson)
                 return loss * float("nan") if len(seen) == 9 else loss
 
         text = r"the loss is nan at step 9 \(epoch 2, learning rate 0\.0\d+\); .*its state after epoch 1. Lower lr"
