@@ -67,7 +67,7 @@ def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: i
     calls = sum(other.op == "call_module" and other.target == source.target for other in graph.nodes)
     if calls > 1:
         return f"layer {source.target} is called {calls} times"
-    if _is_tied(graph, layer):
+    if is_tied(graph, layer):
         return f"the weight of {source.target} is shared with another layer"
     rank = len(source.meta["spec"].shape)
     produced = rank - 1 if isinstance(layer, (nn.Linear, nn.LayerNorm)) else 1
@@ -129,7 +129,7 @@ def _names(kinds: Layers) -> str:
     return "convolution or linear layer" if kinds == LINEAR else "convolution, linear layer or norm"
 
 
-def _is_tied(graph: Graph, layer: nn.Module) -> bool:
+def is_tied(graph: Graph, layer: nn.Module) -> bool:
     """Whether another layer, or a node of the graph itself, uses one of the layer's parameters."""
     own = {id(parameter) for parameter in layer.parameters()}
     uses = Counter(id(p) for _, p in graph.module.named_parameters(remove_duplicate=False) if id(p) in own)
