@@ -66,7 +66,7 @@ def _fit_prelu(layer: Any, _cut: Cut, _node: fx.Node) -> None:
 
 
 def _fit_mask(layer: Any, _cut: Cut, _node: fx.Node) -> None:
-    if hasattr(layer, "mask"):  # fxpress.runtime.layers.ChannelMask, which this package may not import
+    if hasattr(layer, "mask"):  # ChannelMask, SelectionMask: fxpress.runtime, which this package may not import
         layer.channels = layer.mask.shape[0]
 
 

@@ -80,6 +80,7 @@ LAYERS: dict[str, LayerRule] = {
     **_rows(norms.layer_norm_layer, "LayerNorm RMSNorm"),
     "PReLU": norms.per_channel("weight"),
     "ChannelMask": norms.per_channel("mask"),
+    "SelectionMask": norms.per_channel("mask", "keep"),
     **_rows(norms.same_layer, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Identity"),
 }
 

@@ -42,7 +42,7 @@ def _fold(graph: Graph, node: fx.Node) -> str | None:
         reason = _unfit(graph.layer(source))
         if reason is not None:
             return f"{source.name} {reason}"
-    fold_into(graph, sources, mask.dim, mask.mask.detach())
+    fold_into(graph, sources, mask.dim, mask.factors.detach())
     node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
     return None

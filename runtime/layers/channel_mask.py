@@ -27,6 +27,16 @@ class ChannelMask(nn.Module):
         self.dim = dim
         self.mask = nn.Parameter(torch.ones(channels))
 
+    @property
+    def factors(self) -> Tensor:
+        """What channels are multiplied with, `(C,)`."""
+        return self.mask
+
+    @property
+    def cut(self) -> Tensor:
+        """Which channels are zero behind the mask, bool `(C,)`."""
+        return self.mask.detach() == 0
+
     def forward(self, x: Tensor) -> Tensor:
         """Mask a tensor of any shape whose dimension `dim` has C entries; the shape stays."""
         shape = [1] * x.dim()

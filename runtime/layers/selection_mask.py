@@ -1,0 +1,87 @@
+"""SelectionMask: one learned factor per channel, with a cut that can be taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.dialect import register_layer
+from .channel_mask import ChannelMask
+
+
+class SelectionMask(ChannelMask):
+    """Multiplies channels with learned factors, of which some are switched off: `y[:, c] = mask[c] keep[c] x[:, c]`.
+
+    The cut is soft: forward it is complete, backward it does not exist (a straight-through estimator),
+
+        ∂L/∂mask[c] = Σ ∂L/∂y[:, c] · x[:, c]      ∂L/∂x[:, c] = mask[c] · ∂L/∂y[:, c]
+
+    for channels that are cut as for those that are kept. So the factor of a channel that was cut by mistake sees what the
+    loss would gain by its return, and the layers before it go on learning, until something else decides `keep` anew.
+
+    Args:
+        channels: number of channels C.
+        dim: the dimension of the input that holds them.
+        reversible: False makes the cut hard: a channel that is switched off gets no gradient.
+    """
+
+    keep: Tensor
+    """Which channels are on, bool `(C,)`; a buffer, set from outside."""
+
+    def __init__(self, channels: int, dim: int = 1, reversible: bool = True) -> None:
+        super().__init__(channels, dim)
+        self.reversible = reversible
+        self.register_buffer("keep", torch.ones(channels, dtype=torch.bool))
+
+    @property
+    def factors(self) -> Tensor:
+        """What channels are multiplied with, `(C,)`; 0 where cut."""
+        return self.mask * self.keep
+
+    @property
+    def cut(self) -> Tensor:
+        """Which channels are cut, bool `(C,)`: those switched off, and no others, however small their factor."""
+        return ~self.keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask a tensor of any shape whose dimension `dim` has C entries; shape and dtype stay."""
+        if self.reversible and torch.is_grad_enabled():
+            y: Tensor = _SoftCut.apply(x, self.mask, self.keep, self.dim)
+            return y
+        return x * _along(self.factors, x, self.dim)
+
+    def extra_repr(self) -> str:
+        """The arguments and the number of channels that are on, as `repr` shows them."""
+        on = "" if self.keep.is_meta else f", on={int(self.keep.sum())}"
+        return f"{super().extra_repr()}, reversible={self.reversible}{on}"
+
+
+class _SoftCut(torch.autograd.Function):
+    """`x * (mask * keep)` along a dimension, whose gradients are those of `x * mask`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, keep: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        ctx.dim = dim % x.dim()
+        return x * _along(mask * keep, x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (gradient,), (x, mask) = gradients, ctx.saved_tensors
+        others = [d for d in range(x.dim()) if d != ctx.dim]
+        by_x = gradient * _along(mask, x, ctx.dim) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return by_x, None, None, None
+        return by_x, (gradient * x).sum(others, dtype=mask.dtype), None, None
+
+
+def _along(factors: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Factors `(C,)` in the shape that broadcasts along a dimension of x, and in its dtype: autocast stays in effect."""
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return factors.reshape(shape).to(x.dtype)
+
+
+register_layer(SelectionMask, ("channels", "dim", "reversible"))
