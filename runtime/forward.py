@@ -25,15 +25,19 @@ def forward(module: nn.Module, inputs: Inputs, where: str) -> Tensor:
         DataError: the network cannot take inputs of these shapes.
         ModelError: its output holds no class scores.
     """
+    return class_scores(forward_any(module, inputs, where))
+
+
+def forward_any(module: nn.Module, inputs: Inputs, where: str) -> Any:
+    """The network's own output on a batch, whatever it is; arguments and `DataError` as for `forward`."""
     try:
-        output = call(module, inputs)
+        return call(module, inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         shapes = ", ".join(map(str, _shapes(inputs)))
         raise DataError(
             f"the network cannot take {where} (inputs {shapes}): {_first_line(error)}",
             hint="Compare with the example inputs that it was traced with.",
         ) from error
-    return class_scores(output)
 
 
 def call(module: nn.Module, inputs: Inputs) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -13,49 +13,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ...ir.errors import DataError, OptionError, TrainingError
-from ..data import Batch, Data, Loader, check_targets, images_in
-from ..forward import device_of, forward, modes_restored
+from ..data import Batch, Data, Inputs, Loader, check_targets, images_in
+from ..forward import class_scores, device_of, forward, forward_any, modes_restored
+from .callbacks import Callback
+from .features import Taps, tapped
 from .losses import CrossEntropy, Lesson, Objective
 from .progress import TrainBar
+from .results import EpochResult, TrainResult
 from .seeds import seeded
 from .settings import TrainSettings
 from .share import agree_on_buffers, evaluate_shared, make_accelerator, mean, share_loader, shared_batches
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch.
-
-    Args:
-        loss: mean objective over its steps.
-        accuracy: top-1 on its training batches as they were learned from, 0-1.
-        val_loss: cross entropy on `data.val` after it, None where that is not looked at.
-        val_accuracy: top-1 there, 0-1.
-    """
-
-    loss: float
-    accuracy: float
-    val_loss: float | None = None
-    val_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run.
-
-    Args:
-        epochs: what each epoch gave.
-        kept: index of the epoch whose state the student has now.
-        steps: optimiser steps in total.
-        images_per_second: evaluation included, all processes together.
-        seconds: wall time.
-    """
-
-    epochs: list[EpochResult]
-    kept: int
-    steps: int
-    images_per_second: float
-    seconds: float
 
 
 def train(
@@ -66,6 +33,8 @@ def train(
     teacher: nn.Module | None = None,
     settings: TrainSettings | None = None,
     seed: int = 0,
+    callbacks: Sequence[Callback] = (),
+    taps: Taps | None = None,
     console: Console | None = None,
     title: str = "training",
 ) -> TrainResult:
@@ -78,6 +47,8 @@ def train(
         teacher: asked in eval mode without gradients if the objective needs one; stays as it is.
         settings: the numbers of the run.
         seed: fixes order, augmentation and dropout: the same seed gives the same weights on the same machine.
+        callbacks: called before and after each epoch and after each step; may bring parameter groups of their own.
+        taps: places whose tensors the objective compares, see `Lesson.features`.
         console: where a progress bar is shown if it is a terminal.
         title: what the bar and errors call the run.
 
@@ -97,7 +68,7 @@ def train(
     device, start = device_of(student), time.perf_counter()
     with seeded(seed), modes_restored(student, *([helper] if helper else [])):
         val = data.val if settings.keep == "best" else None
-        run = _Run(student, objective, helper, settings, make_accelerator(), loader, val)
+        run = _Run(student, objective, helper, settings, make_accelerator(), loader, val, list(callbacks), taps)
         bar = TrainBar(console if run.accelerator.is_main_process else None, settings.epochs, run.steps_per_epoch)
         try:
             with bar.shown(title):
@@ -119,6 +90,8 @@ class _Run:
     accelerator: Accelerator
     loader: Loader
     val: Loader | None
+    callbacks: list[Callback]
+    taps: Taps | None
     results: list[EpochResult] = field(default_factory=list)
     kept: int = -1
     step: int = 0
@@ -129,16 +102,24 @@ class _Run:
         self.loader = share_loader(self.accelerator, self.loader)
         self.steps_per_epoch = len(self.loader) if isinstance(self.loader, Sized) else None
         self.objective.to(self.accelerator.device)
+        groups = [group for callback in self.callbacks for group in callback.parameter_groups(self.student)]
+        optimizer = self.settings.build_optimizer(self.student, self.objective, groups)
+        model = self.student
+        if self.taps is not None:
+            model = tapped(self.student, self.taps.student)
         if self.teacher is not None:
+            if self.taps is not None:
+                self.teacher = tapped(self.teacher, self.taps.teacher)
             self.teacher.to(self.accelerator.device).eval()
-        optimizer = self.settings.build_optimizer(self.student)
-        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.good = _snapshot(self.student)
 
     def all_epochs(self, bar: TrainBar) -> None:
         """Run every epoch and leave the student in the state to keep."""
         best: tuple[float, dict[str, Tensor]] | None = None
         for epoch in range(self.settings.epochs):
+            for callback in self.callbacks:
+                callback.before_epoch(epoch)
             loss, accuracy = self.one_epoch(epoch, bar)
             agree_on_buffers(self.accelerator, self.student)
             found = None if self.val is None else evaluate_shared(self.accelerator, self.student, self.val)
@@ -148,7 +129,10 @@ class _Run:
             score = float(epoch) if found is None else found.accuracy
             if best is None or score >= best[0]:
                 best, self.kept = (score, self.good), epoch
-        if best is not None and self.kept < self.settings.epochs - 1:
+            wishes = [callback.after_epoch(self.results[-1]) for callback in self.callbacks]
+            if True in wishes:
+                break
+        if best is not None and self.kept < len(self.results) - 1:
             self.student.load_state_dict(best[1])
 
     def one_epoch(self, epoch: int, bar: TrainBar) -> tuple[float, float]:
@@ -170,24 +154,34 @@ class _Run:
         """One step; the loss, how many predictions were right, and how many there were, float64 on the CPU."""
         inputs, targets = batch
         with self._autocast():
-            outputs = forward(self.model, inputs, where)
+            outputs, features = self._ask(self.model, inputs, where)
         check_targets(targets, outputs, where)
-        loss = self.objective(Lesson(outputs, targets, self._ask_teacher(batch, where), epoch=epoch))
+        teacher_outputs, teacher_features = self._ask_teacher(inputs, where)
+        loss = self.objective(Lesson(outputs, targets, teacher_outputs, features, teacher_features, epoch))
         self._check_finite(loss)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.settings.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
+        for callback in self.callbacks:
+            callback.after_step(self.lr, epoch)
         correct = float((outputs.argmax(1) == targets).sum())
         return torch.tensor([loss.item(), correct, targets.numel()], dtype=torch.float64)
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: Batch, where: str) -> Tensor | None:
+    def _ask_teacher(self, inputs: Inputs, where: str) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         if self.teacher is None:
-            return None
+            return None, ()
         with self._autocast():
-            return forward(self.teacher, batch[0], f"{where} (teacher)")
+            return self._ask(self.teacher, inputs, f"{where} (teacher)")
+
+    def _ask(self, network: nn.Module, inputs: Inputs, where: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Class scores, and the features at the taps."""
+        if self.taps is None:
+            return forward(network, inputs, where), ()
+        outputs, features = forward_any(network, inputs, where)
+        return class_scores(outputs), features
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.settings.precision == "bf16"
@@ -202,7 +196,7 @@ class _Run:
         middle = epoch + min(inside, 1.0)
         self.lr = self.settings.learning_rate(min(1.0, middle / self.settings.epochs))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("lr_scale", 1.0)
         return middle
 
     def _check_finite(self, loss: Tensor) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,20 +63,30 @@ class TrainSettings:
         done = (progress - self.warmup) / (1 - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
-    def build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, module: nn.Module, objective: nn.Module | None = None, groups: Sequence[dict[str, Any]] = ()
+    ) -> torch.optim.Optimizer:
         """The optimiser of all parameters that require a gradient.
 
+        Args:
+            module: the network.
+            objective: may learn as well (adapters between features).
+            groups: parameters that are treated on their own, see `Callback.parameter_groups`.
+
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is no parameter to train.
         """
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not parameters:
+        own = {id(parameter) for group in groups for parameter in group["params"]}
+        learners = [module, objective] if objective is not None else [module]
+        parameters = [p for learner in learners for p in learner.parameters() if p.requires_grad and id(p) not in own]
+        if not parameters and not own:
             raise TrainingError("the network has no trainable parameter", hint="Train before emit freezes it.")
-        groups = [
+        ordinary: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
+        every = [*ordinary, *({"weight_decay": 0.0, **group} for group in groups)]
+        every = [group for group in every if group["params"]]
         if self.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=self.lr)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+            return torch.optim.AdamW(every, lr=self.lr)
+        return torch.optim.SGD(every, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
