@@ -1,0 +1,151 @@
+"""What a table of accuracies is made of: images, networks, rows, and what they should show; read from YAML.
+
+A protocol is one file in `protocols/`. Every row of its table is a pipeline that runs on the same network, the same
+images in the same order, with the same seeds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ...ir.errors import OptionError
+from ...passes.options import InvalidOptionError, Options
+from ...passes.pipeline import Pipeline
+from ...passes.yaml_file import parse_yaml
+
+PROTOCOLS = Path(__file__).with_name("protocols")
+BASE = "base"
+
+
+class _Passes(Options):
+    """Anything that runs a pipeline."""
+
+    passes: tuple[str | dict[str, Any], ...] = ()
+    """Passes as in a pipeline file."""
+
+    @field_validator("passes")
+    @classmethod
+    def _known(cls, passes: tuple[Any, ...]) -> tuple[Any, ...]:
+        Pipeline(passes)
+        return passes
+
+
+class Images(Options):
+    """The images of a table."""
+
+    data: Literal["cifar10-jpeg", "fashion-mnist"] = "cifar10-jpeg"
+    """`cifar10-jpeg` are the image folders given by `--images`; `fashion-mnist` the four IDX files."""
+    train: Annotated[int, Field(ge=1)] | None = None
+    """Training images, a fixed random choice; all if none."""
+    test: Annotated[int, Field(ge=1)] | None = None
+    """Test images, the first ones; all if none."""
+    calibration: Annotated[int, Field(ge=1)] = 2048
+    """Training images without augmentation, for statistics."""
+    batch: Annotated[int, Field(ge=1)] = 128
+    augment: bool = True
+    """Shift by up to 4 pixels and mirror at random, the same in every row of a seed."""
+
+
+class Network(_Passes):
+    """A network and how it is trained before the rows begin."""
+
+    network: Literal["resnet20", "resnet56", "vgg-small"]
+    weights: str | None = None
+    """State dict in the folder given by `--weights`; random ones, by the seed, if none."""
+    width: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of all widths, `vgg-small` only."""
+
+
+class Cut(Options):
+    """How much the peer may leave."""
+
+    macs: Annotated[float, Field(gt=0, le=1)]
+
+
+class Case(_Passes):
+    """One row of the table."""
+
+    name: str
+    peer: Cut | None = None
+    """Cut with Torch-Pruning's group norm pruner before the passes."""
+    record: bool = True
+    """Ask the teacher once for each batch and keep its answer for the other rows; not with features of the teacher."""
+
+
+class Goal(Options):
+    """`row` is better than `than` by at least `by` points (percent of the images), negative: not worse by more."""
+
+    row: str
+    than: str = BASE
+    """Another row, or `base`: the network before the passes."""
+    by: float = 0.0
+    recovers: float | None = None
+    """Instead: the share of the loss of `than` against the base that the row makes good."""
+    metric: Literal["accuracy", "ratio_error", "ratio_rank"] = "accuracy"
+    """`ratio_error` is better when it is lower."""
+
+
+class Correlation(Options):
+    """Instead of rows: how criteria rank channels, against the change of the loss when each is removed."""
+
+    criteria: tuple[str, ...]
+    images: Annotated[int, Field(ge=1)] = 1024
+
+
+class Protocol(Options):
+    """One table."""
+
+    heading: str
+    note: str = ""
+    """What a reader has to know."""
+    images: Images = Images()
+    networks: dict[str, Network]
+    model: str = BASE
+    """The network that the rows work on."""
+    teacher: str | None = None
+    """The network they learn from; the model as it came in if none."""
+    seeds: tuple[int, ...] = (0,)
+    rows: tuple[Case, ...] = ()
+    goals: tuple[Goal, ...] = ()
+    ratios: bool = False
+    """Measure how well ratios of the teacher's non-target probabilities are learned."""
+    correlation: Correlation | None = None
+    shared: Any = None
+    """Nothing by itself: a place for YAML anchors."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        for name in filter(None, (self.model, self.teacher)):
+            if name not in self.networks:
+                raise InvalidOptionError(f"there is no network {name!r}; networks: {', '.join(self.networks)}")
+        names = [row.name for row in self.rows]
+        if len(set(names)) < len(names):
+            raise InvalidOptionError(f"two rows have one name: {', '.join(names)}")
+        for goal in self.goals:
+            for name in (goal.row, goal.than):
+                if name not in (*names, BASE):
+                    raise InvalidOptionError(f"a goal names {name!r}; rows: {', '.join(names)}, {BASE}")
+        if bool(self.rows) == (self.correlation is not None):
+            raise InvalidOptionError("either 'rows' or 'correlation' is needed")
+        return self
+
+
+def load_protocol(path: Path) -> Protocol:
+    """Read a protocol.
+
+    Raises:
+        OptionError: no such file, an unknown key or a value that is not allowed; the error names the file.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(one.stem for one in PROTOCOLS.glob("*.yaml")))
+        raise OptionError(f"there is no protocol {path}", hint=f"Give a .yaml file, or one of: {known}.")
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise OptionError("a protocol is a mapping")
+        return Protocol(**content)
+    except OptionError as error:
+        raise OptionError(f"{path}: {error.what}", hint=error.hint) from None

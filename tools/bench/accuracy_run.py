@@ -1,0 +1,197 @@
+"""Running a protocol: networks and rows that are not there yet, each kept as soon as it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ...ir.trace import trace
+from ...passes.compile import Compiled
+from ...passes.compile import compile as compile_network
+from ...runtime.atomic import write_atomically
+from ...runtime.data import Data
+from ...runtime.measure import latency_ratio
+from .accuracy_data import load_images
+from .accuracy_networks import build_network
+from .accuracy_protocol import BASE, Case, Protocol
+from .accuracy_report import Facts, Records
+from .accuracy_teacher import RecordedTeacher
+
+
+class Bench:
+    """One protocol on its way.
+
+    Args:
+        protocol: what to measure.
+        name: of the protocol, for files.
+        work: keeps networks, answers of teachers, and finished rows.
+        images: folder of the images.
+        weights: folder of state dicts.
+        console: where progress is told.
+    """
+
+    def __init__(
+        self, protocol: Protocol, name: str, work: Path, images: Path | None, weights: Path | None, console: Console
+    ) -> None:
+        self.protocol, self.work, self.console = protocol, work, console
+        self.images, self.weights = images, weights
+        self.folder = work / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._data: dict[int, Data] = {}
+
+    def measure(self, cases: list[Case]) -> None:
+        """Measure what is missing, all rows of a seed before the next seed; ends early only by an error."""
+        self.measure_base()
+        for seed in self.protocol.seeds:
+            for case in cases:
+                if self.facts(case, seed) is None:
+                    self._measure(case, seed)
+
+    def measure_base(self) -> None:
+        """Accuracy and size of the network that the rows are compared with."""
+        place = self.folder / "base.json"
+        if BASE in self.protocol.networks and _read(place, self._identity(BASE)) is None:
+            row = compile_network(self.network(BASE, 0), [], self.image, data=self.data(0)).report.rows[0]
+            facts = {"accuracy": row.accuracy, "macs": 1.0, "parameters": 1.0, "bytes": 1.0, "latency": 1.0}
+            whole = {"whole": {"macs": row.macs, "parameters": row.parameters, "bytes": row.size_bytes}}
+            _write(place, self._identity(BASE), facts | whole)
+            self.console.print(f"base: {row.accuracy:.2%}, {row.macs:,} MACs, {row.parameters:,} parameters")
+
+    def base(self) -> Facts | None:
+        """What `measure_base` found."""
+        return _read(self.folder / "base.json", self._identity(BASE))
+
+    def facts(self, case: Case, seed: int) -> Facts | None:
+        """What was measured of a row, None where that is missing or belongs to another protocol."""
+        return _read(self._place(case, seed), self._identity(case.model_dump(mode="json")))
+
+    @cached_property
+    def image(self) -> Tensor:
+        """An example input."""
+        assert self.data(0).val is not None
+        inputs, _ = next(iter(self.data(0).val or ()))
+        return inputs[:1].contiguous()
+
+    def data(self, seed: int) -> Data:
+        """The images, in the order of a seed."""
+        if seed not in self._data:
+            self._data[seed] = load_images(self.protocol.images, self.images, self.work, seed)
+        return self._data[seed]
+
+    def network(self, name: str, seed: int) -> nn.Module:
+        """A network of the protocol, trained by its passes if it has some; kept for later runs."""
+        plan = self.protocol.networks[name]
+        if not plan.passes:
+            return build_network(plan, self.image.shape[1], seed, self.weights)
+        network = build_network(plan, self.image.shape[1], 0, self.weights)
+        key = _key([plan.model_dump(mode="json"), self.protocol.images.model_dump(mode="json")])
+        place = self.work / f"{plan.network}-{key}.safetensors"
+        if not place.is_file():
+            self.console.print(f"{name}: training {plan.network}")
+            compiled = compile_network(
+                network, list(plan.passes), self.image, data=self.data(0), workdir=self.work / place.stem, resume=True
+            )
+            self.console.print(compiled.report)
+            write_atomically(place, [save({k: v.contiguous() for k, v in compiled.module.state_dict().items()})])
+        network.load_state_dict(load_file(place))
+        return network
+
+    def _measure(self, case: Case, seed: int) -> None:
+        place, started = self._place(case, seed), time.perf_counter()
+        model = self.network(self.protocol.model, seed)
+        if case.peer is not None:
+            from .accuracy_peer import prune_group_norm
+
+            model = prune_group_norm(model, self.image, case.peer.macs)
+        teacher = self.network(self.protocol.teacher or BASE, seed).eval()
+        recorded = RecordedTeacher(teacher, self.folder / f"teacher-{seed}.safetensors") if case.record else None
+        compiled = compile_network(
+            model, list(case.passes), self.image, data=self.data(seed), teacher=recorded or teacher,
+            workdir=place.with_suffix(""), resume=True, seed=seed,
+        )  # fmt: skip
+        if recorded is not None:
+            recorded.keep()
+        facts = self._facts(case, compiled) | {"seconds": time.perf_counter() - started, "seed": seed}
+        if self.protocol.ratios:
+            facts |= measure_ratios(compiled.module, teacher, self.data(seed))
+        _write(place, self._identity(case.model_dump(mode="json")), facts)
+        self.console.print(f"[bold]{case.name}, seed {seed}[/bold]", compiled.report)
+
+    def _facts(self, case: Case, compiled: Compiled) -> Facts:
+        """Numbers of a finished row, sizes as shares of the base's."""
+        base, rows = self.base(), compiled.report.rows
+        assert base is not None
+        last, whole = rows[-1], base["whole"]
+        cut = [row.accuracy for row in rows if row.semantics == "lossy"] or ([rows[0].accuracy] if case.peer else [])
+        reference = trace(self.network(BASE, 0).eval(), self.image)
+        return {
+            "accuracy": last.accuracy,
+            "accuracy_before_training": cut[-1] if cut and last.semantics == "training" else None,
+            "macs": last.macs / whole["macs"],
+            "parameters": last.parameters / whole["parameters"],
+            "bytes": last.size_bytes / whole["bytes"],
+            "latency": latency_ratio(compiled.graph, reference, self.image, rounds=21).ratio,
+            "notes": {row.name: row.notes for row in rows},
+        }
+
+    def _place(self, case: Case, seed: int) -> Path:
+        slug = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
+        return self.folder / f"{slug}-{seed}.json"
+
+    def _identity(self, part: Any) -> str:
+        plan = self.protocol
+        networks = {name: network.model_dump(mode="json") for name, network in plan.networks.items()}
+        return _key([part, plan.images.model_dump(mode="json"), networks, plan.model, plan.teacher])
+
+
+def records_of(bench: Bench) -> Records:
+    """Everything that is measured by now, in the order of the protocol."""
+    base, records = bench.base(), {}
+    if base is not None:
+        records[BASE] = [base]
+    for case in bench.protocol.rows:
+        facts = [found for seed in bench.protocol.seeds if (found := bench.facts(case, seed)) is not None]
+        if facts:
+            records[case.name] = facts
+    return records
+
+
+@torch.no_grad()
+def measure_ratios(student: nn.Module, teacher: nn.Module, data: Data) -> Facts:
+    """How well ratios of class pairs are learned, on the test images (see `ratio_error` and `ratio_rank`)."""
+    from ...runtime.training.losses import ratio_error, ratio_rank
+
+    assert data.val is not None
+    student.eval()
+    batches = [(student(inputs), teacher(inputs), targets) for inputs, targets in data.val]
+    mine, others, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return {
+        "ratio_error": float(ratio_error(mine, others, targets)),
+        "ratio_rank": float(ratio_rank(mine, others, targets)),
+    }
+
+
+def _key(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(place: Path, identity: str) -> Facts | None:
+    if not place.is_file():
+        return None
+    content: dict[str, Any] = json.loads(place.read_text())
+    facts: Facts = content["facts"]
+    return facts if content["identity"] == identity else None
+
+
+def _write(place: Path, identity: str, facts: Facts) -> None:
+    write_atomically(place, [json.dumps({"identity": identity, "facts": facts}, indent=1).encode()])
