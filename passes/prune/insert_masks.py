@@ -18,7 +18,7 @@ from ...runtime.layers.channel_mask import ChannelMask
 from ..base import LOSSY, Context, Pass, PassResult, Semantics
 from ..options import InvalidOptionError, nearest
 from .anchors import Anchor, find_anchors
-from .criteria import Criterion, score_classes
+from .criteria import Criterion, Source, score_classes
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class InsertMasks(Pass):
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of each group's channels that gets the factor 0; at least one channel stays."""
     criterion: Criterion = "l1"
-    """What says how much a channel matters: `l1` or `l2` norm of its weights."""
+    """What says how much a channel matters; `fxpress.passes.prune.criteria` holds the formulas."""
     ignore: tuple[str, ...] = ()
     """Layers, by name or glob pattern, whose channels get no mask."""
 
@@ -56,23 +56,25 @@ class InsertMasks(Pass):
             raise InvalidOptionError("'masks' and 'ratio' exclude each other; give one of them")
         return self
 
-    def run(self, graph: Graph, context: Context) -> PassResult:  # noqa: ARG002
+    def run(self, graph: Graph, context: Context) -> PassResult:
         """Find the factor of every class, then put the layers in."""
         groups = graph.analyse(find_groups)
         anchors = [anchor for anchor in find_anchors(graph, groups) if not _matches(anchor.path, self.ignore)]
-        factors = self._factors(graph, groups, anchors)
+        factors = self._factors(graph, groups, anchors, context)
         layers = insert_layers(graph, anchors, factors, self.name)
         zeros = int((factors[groups.group_of >= 0] == 0).sum())
         note = f"{layers} masks at {len(anchors)} places; {zeros} of {int((groups.group_of >= 0).sum())} channels are 0"
         return PassResult([note], metrics={"masks": layers, "places": len(anchors), "zeros": zeros})
 
-    def _factors(self, graph: Graph, groups: Groups, anchors: list[Anchor]) -> FloatArray:
+    def _factors(self, graph: Graph, groups: Groups, anchors: list[Anchor], context: Context) -> FloatArray:
         """The factor of every class, shape (classes,)."""
         if self.masks is not None:
             return given_factors(self.masks, anchors, groups.count)
         factors = np.ones(groups.count)
         if self.ratio is not None:
-            scores = score_classes(graph, groups, self.criterion)
+            who = f"{self.title()}, option 'criterion'"
+            source = Source(context.data, seed=context.seed, console=context.console, who=who)
+            scores = score_classes(graph, groups, self.criterion, source=source)
             touched = np.unique(np.concatenate([np.zeros(0, np.int64), *(anchor.classes for anchor in anchors)]))
             for group in groups.groups:
                 classes = group.classes[np.isin(group.classes, touched)]

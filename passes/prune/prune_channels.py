@@ -19,7 +19,7 @@ from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
-from .criteria import Criterion, score_classes
+from .criteria import Combine, Criterion, Source, score_classes
 from .selection import Blocks, BoolArray, fill_up, give_back, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
@@ -43,7 +43,9 @@ class PruneChannels(Pass):
     scope: Literal["uniform", "global"] = "uniform"
     """`uniform` shrinks all groups alike, `global` lets one threshold on normalised scores decide."""
     criterion: Criterion = "l1"
-    """What says how much a channel matters: `l1` or `l2` norm of its weights."""
+    """What says how much a channel matters; `fxpress.passes.prune.criteria` holds the formulas."""
+    combine: Combine | None = None
+    """What becomes of a channel that several layers hold (a residual add): by default what suits the criterion."""
     round_to: Annotated[int, Field(ge=1, le=1024)] = 1
     """Widths become multiples of this many channels."""
     floor: Annotated[int, Field(ge=1)] = 1
@@ -106,7 +108,9 @@ class PruneChannels(Pass):
         """The classes that stay, shape (groups.count,), and notes for the report."""
         if self.masks is not None:
             return _masked(graph, groups), []
-        scores = score_classes(graph, groups, self.criterion)
+        who = f"{self.title()}, option 'criterion'"
+        source = Source(context.data, seed=context.seed, console=context.console, who=who)
+        scores = score_classes(graph, groups, self.criterion, source=source, combining=self.combine, among=eligible)
         uniform = self.scope == "uniform"
         blocks = make_blocks(groups, eligible, scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
         if self.budget is None:
@@ -171,7 +175,7 @@ def _masked(graph: Graph, groups: Groups) -> BoolArray:
         if isinstance(layer, ChannelMask):
             found = True
             if axis is not None:
-                kept[axis[1][layer.mask.detach().numpy() == 0]] = False
+                kept[axis[1][layer.cut.cpu().numpy()]] = False
     if not found:
         raise CutError("pass 'prune-channels', option 'masks': the graph has no masks", hint="Run insert-masks first.")
     kept[groups.locked] = True

@@ -1,54 +1,112 @@
-"""Criteria: what says how much a channel matters. A criterion is a pure function from a weight to a score per row.
+"""Criteria: what says how much a channel matters.
 
-How to add one: a function `(rows: Tensor (n, weights)) -> Tensor (n,)`, higher means keep, a row in `CRITERIA`, and
-its name in `Criterion`.
+A criterion is a pure function from statistics to a score per channel, higher means keep. `CRITERIA` says, as data, what
+it reads, how the scores of different layers compare, and how the several layers that hold a channel combine.
+
+How to add one: a small file with the function (formula and source in the docstring), a row in `CRITERIA` and its name
+in `Criterion`. New evidence is a function in `EVIDENCE` that gathers it for all layers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ....ir.graph import Graph, submodule
-from ....ir.groups import Groups
-from ....ir.labels import Slot
-from .magnitude import l1, l2
+from ....ir.errors import OptionError
+from ....ir.graph import Graph
+from ....ir.groups import Group, Groups
+from .chance import random
+from .combining import Combine, FloatArray, Scale, combine, fill_unseen
+from .geometric_median import fpgm
+from .magnitude import l1, l2, std
+from .members import Member, Source, draws, filters, moments, norms
+from .slimming import slimming
+from .statistics import statistics
 
-Criterion = Literal["l1", "l2"]
-CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "l2": l2}
+__all__ = ["CRITERIA", "Combine", "Criterion", "Source", "score_classes"]
+
+Criterion = Literal["l1", "l2", "std", "statistics", "slimming", "fpgm", "random"]
+Evidence = Literal["filters", "moments", "norms", "draws"]
 
 
-def score_classes(graph: Graph, groups: Groups, criterion: Criterion) -> npt.NDArray[np.float64]:
-    """Score of every class, shape (groups.count,): the mean over its channels in all layers that produce them.
+@dataclass(frozen=True)
+class Recipe:
+    """What a criterion is made of.
 
-    Scores are divided by the mean of their layer first, so that layers of different fan-in count alike and a global
-    threshold compares like with like. A class that no weight produces (padding) scores as its group's mean, 1.
+    Args:
+        score: from the evidence of one member, tensors (n, ...), to a score per channel (n,).
+        evidence: what it reads.
+        scale: how scores of different layers are made comparable.
+        combine: what becomes of the members of a class, where the user does not say.
+        lacking: what a group lacks that has none of the evidence; empty if every group has it.
     """
-    total, seen = np.zeros(groups.count), np.zeros(groups.count)
-    for slot, vector in groups.labels.slots.items():
-        if not _produces(graph, slot):
-            continue
-        weight = graph.tensor(slot.name).detach().to(torch.float32)
-        scores = CRITERIA[criterion](weight.movedim(slot.dim, 0).flatten(1)).numpy().astype(np.float64)
-        scores = scores / max(scores.mean(), np.finfo(np.float64).tiny)
-        classes = np.broadcast_to(groups.vector(vector), scores.shape)  # one entry where all rows are of one class
-        np.add.at(total, classes, scores)
-        np.add.at(seen, classes, 1)
-    return np.divide(total, seen, out=np.ones(groups.count), where=seen > 0)
+
+    score: Callable[..., Tensor]
+    evidence: Evidence
+    scale: Scale = "mean"
+    combine: Combine = "mean"
+    lacking: str = ""
 
 
-def _produces(graph: Graph, slot: Slot) -> bool:
-    """Whether a slot is the output dimension of a convolution's or linear layer's weight."""
-    owner, _, leaf = slot.name.rpartition(".")
-    if leaf != "weight" or slot.name.startswith("%"):
-        return False
-    layer = submodule(graph.module, owner)
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        depthwise = layer.groups > 1 and layer.groups == layer.in_channels
-        return slot.dim == (1 if layer.transposed and not depthwise else 0)
-    return isinstance(layer, nn.Linear) and slot.dim == 0
+CRITERIA: dict[str, Recipe] = {
+    "l1": Recipe(l1, "filters"),
+    "l2": Recipe(l2, "filters"),
+    "std": Recipe(std, "filters"),
+    "statistics": Recipe(statistics, "moments", scale="standard"),
+    "slimming": Recipe(slimming, "norms", scale="none", lacking="a batch norm"),
+    "fpgm": Recipe(fpgm, "filters"),
+    "random": Recipe(random, "draws", scale="none"),
+}
+
+EVIDENCE: dict[str, Callable[[Graph, Groups, Source], list[Member]]] = {
+    "filters": filters,
+    "moments": moments,
+    "norms": norms,
+    "draws": draws,
+}
+
+
+def score_classes(
+    graph: Graph,
+    groups: Groups,
+    criterion: Criterion,
+    *,
+    source: Source | None = None,
+    combining: Combine | None = None,
+    among: Sequence[Group] | None = None,
+) -> FloatArray:
+    """Score of every class, shape (groups.count,), higher means keep, comparable through all groups.
+
+    Args:
+        graph: the network.
+        groups: its dependency groups.
+        criterion: what says how much a channel matters.
+        source: data and seed, for the criteria that need them.
+        combining: what becomes of a class that several layers hold; None leaves it to the criterion.
+        among: the groups that may be cut; all where None. Classes of the others may get any score.
+
+    Raises:
+        OptionError: one of these groups has nothing that the criterion could look at.
+        DataError: the criterion needs data that is not there.
+    """
+    recipe, source = CRITERIA[criterion], source or Source()
+    members = EVIDENCE[recipe.evidence](graph, groups, source)
+    scored = [(member.classes, recipe.score(*member.evidence)) for member in members]
+    scores = combine(groups, scored, recipe.scale, combining or recipe.combine)
+    if recipe.lacking:
+        _check_seen(groups.groups if among is None else among, scores, criterion, source.who)
+    return fill_unseen(groups, scores)
+
+
+def _check_seen(groups: Sequence[Group], scores: FloatArray, criterion: Criterion, who: str) -> None:
+    blind = [group.name for group in groups if not (scores[group.classes] == scores[group.classes]).any()]
+    if blind:
+        names = ", ".join(blind[:5]) + (", ..." if len(blind) > 5 else "")
+        raise OptionError(
+            f"{who}: {criterion!r} needs {CRITERIA[criterion].lacking} on every channel that may be cut, and "
+            f"{len(blind)} of {len(groups)} groups have none: {names}",
+            hint="Run it before fold-batchnorm, name these layers in 'ignore', or take another criterion.",
+        )

@@ -1,4 +1,8 @@
-"""Magnitude of a filter's weights (Li et al. 2017, "Pruning filters for efficient ConvNets")."""
+"""Size and spread of a filter's weights.
+
+Sources: H. Li et al., "Pruning filters for efficient ConvNets", 2017 (l1, l2); H. Li et al., "Pruning filters by their
+standard deviation", J. Zhejiang Univ. 2019 (std).
+"""
 
 from __future__ import annotations
 
@@ -16,3 +20,8 @@ def l2(rows: Tensor) -> Tensor:
     """sqrt(sum_i w_i^2) of each row; rows (n, weights) -> (n,)."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     return norms
+
+
+def std(rows: Tensor) -> Tensor:
+    """sqrt(mean_i (w_i - mean w)^2) of each row; rows (n, weights) -> (n,); 0 for rows of one weight."""
+    return rows.std(dim=1, correction=0)

@@ -1,0 +1,108 @@
+"""What criteria look at in the graph itself: the filters, the batch norms, and draws for `random`.
+
+A `Member` is one place that holds channels, with what a criterion reads there. A class of channels has as many members
+as places: a residual stream is written by many layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ....ir.graph import Graph, submodule
+from ....ir.groups import Groups
+from ....ir.labels import IntArray, Slot
+from ....runtime.data import Data
+
+
+@dataclass(frozen=True)
+class Member:
+    """One place of the network that holds channels.
+
+    Args:
+        name: of the layer or node.
+        classes: class of each of its n channels, (n,); 0 where it cannot be cut.
+        evidence: the arguments of the criterion, each with n entries along dimension 0.
+    """
+
+    name: str
+    classes: IntArray
+    evidence: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What criteria may draw on besides the graph.
+
+    Args:
+        data: its calibration batches, or else its training batches.
+        images: at most so many of them.
+        seed: of random scores.
+        console: where progress is shown.
+        who: begins the errors, e.g. `pass 'prune-channels', option 'criterion'`.
+    """
+
+    data: Data = field(default_factory=Data)
+    images: int = 1024
+    seed: int = 0
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    who: str = "option 'criterion'"
+
+
+def filters(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa: ARG001
+    """The weights of every layer that produces channels, a row per channel: (n, weights) in single precision."""
+    members = []
+    for slot, vector in groups.labels.slots.items():
+        if produces(graph, slot):
+            rows = graph.tensor(slot.name).detach().float().movedim(slot.dim, 0).flatten(1)
+            members.append(Member(slot.name, _spread(groups.vector(vector), len(rows)), (rows,)))
+    return members
+
+
+def moments(graph: Graph, groups: Groups, source: Source) -> list[Member]:
+    """Mean |w| and standard deviation of every filter, (n,) each: the statistics of a single checkpoint."""
+    return [
+        Member(m.name, m.classes, (m.evidence[0].abs().mean(1), m.evidence[0].std(1, correction=0)))
+        for m in filters(graph, groups, source)
+    ]
+
+
+def norms(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa: ARG001
+    """The factors γ of every batch norm, (n,)."""
+    members = []
+    for slot, vector in groups.labels.slots.items():
+        owner, _, leaf = slot.name.rpartition(".")
+        if leaf == "weight" and isinstance(submodule(graph.module, owner), _NormBase):
+            gamma = graph.tensor(slot.name).detach().float()
+            members.append(Member(slot.name, _spread(groups.vector(vector), len(gamma)), (gamma,)))
+    return members
+
+
+def draws(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa: ARG001
+    """A number for every class that can be cut, drawn with the source's seed."""
+    generator = torch.Generator().manual_seed(source.seed)
+    return [
+        Member(group.name, group.classes, (torch.rand(group.channels, generator=generator),)) for group in groups.groups
+    ]
+
+
+def produces(graph: Graph, slot: Slot) -> bool:
+    """Whether a slot is the output dimension of a convolution's or linear layer's weight."""
+    owner, _, leaf = slot.name.rpartition(".")
+    if leaf != "weight" or slot.name.startswith("%"):
+        return False
+    layer = submodule(graph.module, owner)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        depthwise = layer.groups > 1 and layer.groups == layer.in_channels
+        return slot.dim == (1 if layer.transposed and not depthwise else 0)
+    return isinstance(layer, nn.Linear) and slot.dim == 0
+
+
+def _spread(classes: IntArray, count: int) -> IntArray:
+    """One class per channel, also where all are of one."""
+    return np.broadcast_to(classes, (count,))
