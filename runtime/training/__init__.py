@@ -3,17 +3,32 @@
 from .callbacks import Callback
 from .features import Taps
 from .loop import train
-from .losses import CrossEntropy, KnowledgeDistillation, Lesson, Objective
+from .losses import (
+    AttentionTransfer,
+    CrossEntropy,
+    DecoupledDistillation,
+    Hint,
+    KnowledgeDistillation,
+    Lesson,
+    Objective,
+    ScaleFactor,
+    Sum,
+)
 from .results import EpochResult, TrainResult
 from .settings import TrainSettings
 
 __all__ = [
+    "AttentionTransfer",
     "Callback",
     "CrossEntropy",
+    "DecoupledDistillation",
     "EpochResult",
+    "Hint",
     "KnowledgeDistillation",
     "Lesson",
     "Objective",
+    "ScaleFactor",
+    "Sum",
     "Taps",
     "TrainResult",
     "TrainSettings",
