@@ -6,8 +6,8 @@
 
 A protocol (`protocols/*.yaml`) names images, networks and rows; every row is a pipeline. `--work` keeps trained
 networks, finished rows and the state of the row that runs, so that a run can be stopped at any moment and continued
-with the same command. `--images` are image folders `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (for Fashion-MNIST the folder
-of its IDX files, if it is not where Debian puts it), `--weights` holds the state dicts that a protocol names.
+with the same command. `--images` are image folders `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (for Fashion-MNIST the
+folder of its IDX files, if it is not where Debian puts it), `--weights` holds the state dicts that a protocol names.
 `--quick` shrinks every table to a few images, to see whether it runs.
 """
 

@@ -117,13 +117,14 @@ def _read_folders(folder: Path | None, scratch: Path) -> Split:
 
 def _decode(folder: Path) -> tuple[Tensor, Tensor]:
     """All images below a folder of classes, `(N, 3, H, W)`, and the number of their class in alphabetical order."""
-    from torchvision.io import ImageReadMode, decode_image
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
 
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     files = [(file, number) for number, path in enumerate(classes) for file in sorted(path.glob("*.jpg"))]
     if not files:
         raise DataError(f"{folder} holds no CLASS/*.jpg")
-    images = torch.stack([decode_image(str(file), ImageReadMode.RGB) for file, _ in files])
+    images = torch.stack([pil_to_tensor(Image.open(file).convert("RGB")) for file, _ in files])
     return images, torch.tensor([number for _, number in files])
 
 
