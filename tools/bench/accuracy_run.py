@@ -168,16 +168,16 @@ def records_of(bench: Bench) -> Records:
 
 @torch.no_grad()
 def measure_ratios(student: nn.Module, teacher: nn.Module, data: Data) -> Facts:
-    """How well ratios of class pairs are learned, on the test images (see `ratio_error` and `ratio_rank`)."""
-    from ...runtime.training.losses import ratio_error, ratio_rank
+    """How well ratios of class pairs are learned, on the test images (see `ratio_error` and `rank_correlation`)."""
+    from ...runtime.training.losses import rank_correlation, ratio_error
 
     assert data.val is not None
     student.eval()
     batches = [(student(inputs), teacher(inputs), targets) for inputs, targets in data.val]
     mine, others, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return {
-        "ratio_error": float(ratio_error(mine, others, targets)),
-        "ratio_rank": float(ratio_rank(mine, others, targets)),
+        "ratio_error": ratio_error(mine, others, targets),
+        "ratio_rank": rank_correlation(mine, others, targets),
     }
 
 
