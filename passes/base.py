@@ -20,6 +20,7 @@ from torch import nn
 from ..ir.graph import Graph
 from ..runtime.data import Data
 from .options import Options
+from .records import Records
 
 
 class Semantics(enum.Enum):
@@ -80,6 +81,7 @@ class Context:
         verify: whether structural passes must prove themselves before they commit.
         console: where progress is shown; quiet when not on a terminal.
         workdir: a directory that this pass may use for checkpoints, or None.
+        records: what earlier passes left for this one, and this one may leave.
     """
 
     original: Graph
@@ -90,6 +92,7 @@ class Context:
     verify: bool = True
     console: Console = field(default_factory=lambda: Console(quiet=True))
     workdir: Path | None = None
+    records: Records = field(default_factory=Records)
 
 
 class Pass(Options):

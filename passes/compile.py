@@ -21,6 +21,7 @@ from .opening import open_model
 from .options import brief
 from .pipeline import Pipeline, PipelineLike
 from .progress import make_console, show_row
+from .records import Records
 from .report import Report, Row
 from .runner import run_pass
 from .seeding import pass_seed
@@ -83,6 +84,7 @@ def compile(  # noqa: A001 - the name of the contract
         seed=seed or pipeline.seed or 0,
         verify=verify,
         console=console,
+        records=Records(None if workdir is None else Path(workdir)),
     )
     run = _Run(pipeline, context, None if workdir is None else Path(workdir))
     run.begin(gap, seconds, resume=resume)
@@ -111,6 +113,7 @@ class _Run:
             return
         if self.workdir:
             self.workdir.start()
+        self.context.records.clear()
         self._add(self.measurements.first_row(gap, seconds))
 
     def finish(self) -> Compiled:
