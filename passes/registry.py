@@ -14,6 +14,7 @@ from .options import nearest
 PASSES: dict[str, str] = {
     "fold-batchnorm": "fuse.fold_batchnorm:FoldBatchnorm",
     "insert-masks": "prune.insert_masks:InsertMasks",
+    "select-channels": "prune.select_channels:SelectChannels",
     "prune-channels": "prune.prune_channels:PruneChannels",
     "distill": "train.distill:Distill",
     "emit": "emit.emit:Emit",

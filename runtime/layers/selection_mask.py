@@ -18,8 +18,8 @@ class SelectionMask(ChannelMask):
 
         ∂L/∂mask[c] = Σ ∂L/∂y[:, c] · x[:, c]      ∂L/∂x[:, c] = mask[c] · ∂L/∂y[:, c]
 
-    for channels that are cut as for those that are kept. So the factor of a channel that was cut by mistake sees what the
-    loss would gain by its return, and the layers before it go on learning, until something else decides `keep` anew.
+    for channels that are cut as for those that are kept. So the factor of a channel that was cut by mistake sees what
+    the loss would gain by its return, and the layers before it go on learning, until `keep` is decided anew.
 
     Args:
         channels: number of channels C.
@@ -78,7 +78,7 @@ class _SoftCut(torch.autograd.Function):
 
 
 def _along(factors: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Factors `(C,)` in the shape that broadcasts along a dimension of x, and in its dtype: autocast stays in effect."""
+    """Factors `(C,)` in the shape that broadcasts along a dimension of x, in its dtype: autocast stays in effect."""
     shape = [1] * x.dim()
     shape[dim] = -1
     return factors.reshape(shape).to(x.dtype)

@@ -1,0 +1,1 @@
+"""What `select-channels` is made of: masks per dependency class, their threshold, their schedule, the callback."""
