@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -18,20 +18,24 @@ Batch: TypeAlias = tuple[Inputs, Tensor]
 _AGAIN = "Give an object that starts anew on each iter(): a DataLoader, a list of batches, not a generator."
 
 
-def checked_batches(loader: Loader, name: str, *, epoch: int = 0) -> Iterator[Batch]:
+def checked_batches(
+    loader: Loader, name: str, *, epoch: int = 0, items: Iterable[Any] | None = None, first: int = 0
+) -> Iterator[Batch]:
     """Yield each batch of one epoch after checking its form and its values.
 
     Args:
         loader: iterable of `(inputs, targets)`.
         name: what to call it in an error, e.g. `train`.
         epoch: counts from 0; only the text of an error depends on it.
+        items: what the loader gives, if someone else reads it.
+        first: number of the first batch in `items`; above 0 there may be no further one.
 
     Raises:
         DataError: no batch at all, a used-up iterator, an item that is no pair, shapes that do not fit each other,
             NaN or infinite inputs, or negative or fractional targets.
     """
-    count = 0
-    for item in loader:
+    count = first
+    for item in loader if items is None else items:
         yield _checked(item, f"batch {count} of {name} (epoch {epoch + 1})")
         count += 1
     if count == 0:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from ...ir.errors import DataError, OptionError, TrainingError
-from ..data import Batch, Data, Inputs, Loader, check_targets, images_in
-from ..forward import class_scores, device_of, forward, forward_any, modes_restored
+from ...ir.errors import DataError, OptionError
+from ..data import Data
+from ..forward import device_of, modes_restored
 from .callbacks import Callback
-from .features import Taps, tapped
-from .losses import CrossEntropy, Lesson, Objective
+from .checkpoint import Checkpoints, describe, options_of
+from .features import Taps
+from .learner import Learner
+from .log import Log
+from .losses import CrossEntropy, Objective
 from .progress import TrainBar
-from .results import EpochResult, TrainResult
+from .results import TrainResult
+from .run import Run
 from .seeds import seeded
 from .settings import TrainSettings
-from .share import agree_on_buffers, evaluate_shared, make_accelerator, mean, share_loader, shared_batches
+from .share import make_accelerator
 
 
 def train(
@@ -35,6 +39,8 @@ def train(
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     taps: Taps | None = None,
+    checkpoints: Path | None = None,
+    log: Path | None = None,
     console: Console | None = None,
     title: str = "training",
 ) -> TrainResult:
@@ -49,11 +55,15 @@ def train(
         seed: fixes order, augmentation and dropout: the same seed gives the same weights on the same machine.
         callbacks: called before and after each epoch and after each step; may bring parameter groups of their own.
         taps: places whose tensors the objective compares, see `Lesson.features`.
+        checkpoints: folder in which the run is kept; if it holds a checkpoint of the same run, the run goes on from it
+            and ends with the very weights of an uninterrupted one.
+        log: folder for `steps.csv`, `epochs.csv` and TensorBoard events.
         console: where a progress bar is shown if it is a terminal.
         title: what the bar and errors call the run.
 
     Raises:
         DataError: no training data, or a bad batch.
+        OptionError: what is asked for does not fit together, or the checkpoints are of another run.
         TrainingError: a loss that is not finite (the student is put back to the end of the last good epoch), or
             nothing to train.
     """
@@ -65,153 +75,36 @@ def train(
             hint="Give an object that starts anew on each iter(), such as a DataLoader or a list of batches.",
         )
     helper = _check_teacher(student, teacher) if objective.needs_teacher else None
+    _check_options(settings, objective, taps, data)
     device, start = device_of(student), time.perf_counter()
     with seeded(seed), modes_restored(student, *([helper] if helper else [])):
-        val = data.val if settings.keep == "best" else None
-        run = _Run(student, objective, helper, settings, make_accelerator(), loader, val, list(callbacks), taps)
-        bar = TrainBar(console if run.accelerator.is_main_process else None, settings.epochs, run.steps_per_epoch)
+        store = None
+        if checkpoints is not None:
+            store = Checkpoints(checkpoints, _identity(student, objective, helper, settings, seed, callbacks, taps))
+        learner = Learner(student, objective, helper, settings, make_accelerator(), callbacks, taps)
         try:
-            with bar.shown(title):
-                run.all_epochs(bar)
+            run = Run(learner, loader, data.val if settings.keep == "best" else None, seed, callbacks, store)
+            rate = _carry_out(run, log, console, title)
         finally:
             student.to(device)
-    rate = bar.images_per_second * run.accelerator.num_processes
-    return TrainResult(run.results, run.kept, run.step, rate, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    cached = learner.cache.report if settings.cache_teacher else None
+    return TrainResult(run.results, run.kept, run.step, rate, run.seconds + seconds, cached)
 
 
-@dataclass
-class _Run:
-    """The state of one call of `train`."""
-
-    student: nn.Module
-    objective: Objective
-    teacher: nn.Module | None
-    settings: TrainSettings
-    accelerator: Accelerator
-    loader: Loader
-    val: Loader | None
-    callbacks: list[Callback]
-    taps: Taps | None
-    results: list[EpochResult] = field(default_factory=list)
-    kept: int = -1
-    step: int = 0
-    lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.source = self.loader
-        self.loader = share_loader(self.accelerator, self.loader)
-        self.steps_per_epoch = len(self.loader) if isinstance(self.loader, Sized) else None
-        self.objective.to(self.accelerator.device)
-        groups = [group for callback in self.callbacks for group in callback.parameter_groups(self.student)]
-        optimizer = self.settings.build_optimizer(self.student, self.objective, groups)
-        model = self.student
-        if self.taps is not None:
-            model = tapped(self.student, self.taps.student)
-        if self.teacher is not None:
-            if self.taps is not None:
-                self.teacher = tapped(self.teacher, self.taps.teacher)
-            self.teacher.to(self.accelerator.device).eval()
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.good = _snapshot(self.student)
-
-    def all_epochs(self, bar: TrainBar) -> None:
-        """Run every epoch and leave the student in the state to keep."""
-        best: tuple[float, dict[str, Tensor]] | None = None
-        for epoch in range(self.settings.epochs):
-            for callback in self.callbacks:
-                callback.before_epoch(epoch)
-            loss, accuracy = self.one_epoch(epoch, bar)
-            agree_on_buffers(self.accelerator, self.student)
-            found = None if self.val is None else evaluate_shared(self.accelerator, self.student, self.val)
-            val = (None, None) if found is None else (found.loss, found.accuracy)
-            self.results.append(EpochResult(loss, accuracy, *val))
-            self.good = _snapshot(self.student)
-            score = float(epoch) if found is None else found.accuracy
-            if best is None or score >= best[0]:
-                best, self.kept = (score, self.good), epoch
-            wishes = [callback.after_epoch(self.results[-1]) for callback in self.callbacks]
-            if True in wishes:
-                break
-        if best is not None and self.kept < len(self.results) - 1:
-            self.student.load_state_dict(best[1])
-
-    def one_epoch(self, epoch: int, bar: TrainBar) -> tuple[float, float]:
-        """Mean objective and accuracy of one pass over the loader."""
-        self.model.train()
-        _set_epoch(self.loader, self.source, epoch)
-        sums, count = torch.zeros(3, dtype=torch.float64), 0
-        for batch in shared_batches(self.accelerator, self.loader, epoch):
-            sums += self._learn(batch, f"batch {count} of train", self._set_lr(epoch, count))
-            count, self.step = count + 1, self.step + 1
-            bar.step(epoch, images_in(batch[0]), float(sums[0]) / count, float(sums[1] / sums[2]))
-        if self.steps_per_epoch != count:
-            self.steps_per_epoch = count
-            bar.know_steps(count)
-        sums = mean(self.accelerator, sums.to(self.accelerator.device))
-        return float(sums[0]) / count, float(sums[1] / sums[2])
-
-    def _learn(self, batch: Batch, where: str, epoch: float) -> Tensor:
-        """One step; the loss, how many predictions were right, and how many there were, float64 on the CPU."""
-        inputs, targets = batch
-        with self._autocast():
-            outputs, features = self._ask(self.model, inputs, where)
-        check_targets(targets, outputs, where)
-        teacher_outputs, teacher_features = self._ask_teacher(inputs, where)
-        loss = self.objective(Lesson(outputs, targets, teacher_outputs, features, teacher_features, epoch))
-        self._check_finite(loss)
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        if self.settings.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
-        for callback in self.callbacks:
-            callback.after_step(self.lr, epoch)
-        correct = float((outputs.argmax(1) == targets).sum())
-        return torch.tensor([loss.item(), correct, targets.numel()], dtype=torch.float64)
-
-    @torch.no_grad()
-    def _ask_teacher(self, inputs: Inputs, where: str) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        if self.teacher is None:
-            return None, ()
-        with self._autocast():
-            return self._ask(self.teacher, inputs, f"{where} (teacher)")
-
-    def _ask(self, network: nn.Module, inputs: Inputs, where: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Class scores, and the features at the taps."""
-        if self.taps is None:
-            return forward(network, inputs, where), ()
-        outputs, features = forward_any(network, inputs, where)
-        return class_scores(outputs), features
-
-    def _autocast(self) -> torch.autocast:
-        bf16 = self.settings.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16)
-
-    def _set_lr(self, epoch: int, index: int) -> float:
-        """Set the rate for the middle of this step and return where that is, in epochs.
-
-        Without a known length, an epoch is one flat stair.
-        """
-        inside = (index + 0.5) / self.steps_per_epoch if self.steps_per_epoch else 0.5
-        middle = epoch + min(inside, 1.0)
-        self.lr = self.settings.learning_rate(min(1.0, middle / self.settings.epochs))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-        return middle
-
-    def _check_finite(self, loss: Tensor) -> None:
-        """Stop all processes if any has a bad loss, with the student as it was after the last good epoch."""
-        value = float(mean(self.accelerator, loss.detach()))
-        if value - value == 0:
-            return
-        self.student.load_state_dict(self.good)
-        done = len(self.results)
-        state = f"after epoch {done}" if done else "before training"
-        raise TrainingError(
-            f"the loss is {value} at step {self.step + 1} (epoch {done + 1}, learning rate {self.lr:.3g}); "
-            f"the network was put back to its state {state}",
-            hint="Lower lr, set clip_norm (for example 1.0), or lengthen warmup.",
-        )
+def _carry_out(run: Run, log: Path | None, console: Console | None, title: str) -> float:
+    """Run it, shown and logged by the first process; images per second."""
+    main = run.accelerator.is_main_process
+    run.resume()
+    run.log = Log(log, run.step) if log is not None and main else None
+    bar = TrainBar(console if main else None, run.settings.epochs, run.steps_per_epoch)
+    try:
+        with bar.shown(title, run.step):
+            run.all_epochs(bar)
+    finally:
+        if run.log is not None:
+            run.log.close()
+    return bar.images_per_second * run.accelerator.num_processes
 
 
 def _check_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
@@ -223,13 +116,39 @@ def _check_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
     return teacher
 
 
-def _snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+def _check_options(settings: TrainSettings, objective: Objective, taps: Taps | None, data: Data) -> None:
+    """Refuse before the first step what could not work later."""
+    if objective.needs_features and taps is None:
+        raise OptionError("this objective compares features and no places were given", hint="Give taps.")
+    if settings.cache_teacher and taps is not None:
+        raise OptionError(
+            "cache_teacher keeps the teacher's outputs and not its features, which take far more memory",
+            hint="Leave out cache_teacher, or the terms that compare features.",
+        )
+    if settings.cache_teacher and not objective.needs_teacher:
+        raise OptionError("cache_teacher: this objective asks no teacher", hint="Leave it out.")
+    if settings.patience is not None and data.val is None:
+        raise OptionError("patience needs images to judge each epoch by", hint="Pass Data(val=...).")
 
 
-def _set_epoch(shared: Loader, source: Loader, epoch: int) -> None:
-    """Tell loader and sampler which epoch comes, if they want to know: then order depends on seed and epoch alone."""
-    for one in (shared, getattr(source, "sampler", None)):
-        tell = getattr(one, "set_epoch", None)
-        if tell is not None:
-            tell(epoch)
+def _identity(
+    student: nn.Module,
+    objective: Objective,
+    teacher: nn.Module | None,
+    settings: TrainSettings,
+    seed: int,
+    callbacks: Sequence[Callback],
+    taps: Taps | None,
+) -> dict[str, Any]:
+    """What two runs must have in common for one to go on from the other's checkpoints."""
+    changeable = ("checkpoint_every", "cache_limit_bytes", "log_every")
+    numbers = {name: value for name, value in asdict(settings).items() if name not in changeable}
+    return {
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()},
+        "seed": seed,
+        "student": describe(student),
+        "teacher": None if teacher is None else describe(teacher, values=True),
+        "objective": options_of(objective),
+        "callbacks": [type(callback).__name__ for callback in callbacks],
+        "taps": None if taps is None else [list(taps.student), list(taps.teacher)],
+    }

@@ -35,10 +35,11 @@ class TrainBar:
         self._start, self._images = time.perf_counter(), 0
 
     @contextlib.contextmanager
-    def shown(self, title: str) -> Iterator[TrainBar]:
-        """Show the bar until the block is left."""
+    def shown(self, title: str, done: int = 0) -> Iterator[TrainBar]:
+        """Show the bar until the block is left; `done` steps were made before."""
         with self._bar:
-            self._task = self._bar.add_task(title, total=self._total(), state="")
+            state = f"resumed at step {done}" if done else ""
+            self._task = self._bar.add_task(title, total=self._total(), completed=done, state=state)
             self._start = time.perf_counter()
             yield self
 

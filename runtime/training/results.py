@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .teacher_cache import CacheReport
+
 
 @dataclass(frozen=True)
 class EpochResult:
@@ -30,8 +32,9 @@ class TrainResult:
         epochs: what each epoch gave.
         kept: index of the epoch whose state the student has now.
         steps: optimiser steps in total.
-        images_per_second: evaluation included, all processes together.
-        seconds: wall time.
+        images_per_second: evaluation included, all processes together; of this call.
+        seconds: wall time, that of an interrupted run before it included.
+        teacher_cache: what `cache_teacher` did in this process, None without it.
     """
 
     epochs: list[EpochResult]
@@ -39,3 +42,4 @@ class TrainResult:
     steps: int
     images_per_second: float
     seconds: float
+    teacher_cache: CacheReport | None = None
