@@ -100,7 +100,8 @@ class Pass(Options):
 
     A subclass sets `name` (as in pipeline files), `semantics`, and, where they are not empty, `preserves`: the analyses
     (functions of the graph) whose cached results still hold after `run` although the graph was edited; and `needs`:
-    the parts of the data without which it cannot run, checked before the first pass of a pipeline.
+    the parts of the data without which it cannot run, checked before the first pass of a pipeline. Where that depends
+    on the options, it overrides `needed` instead.
     """
 
     name: ClassVar[str]
@@ -121,6 +122,10 @@ class Pass(Options):
     def summary(cls) -> str:
         """First line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    def needed(self) -> tuple[str, ...]:
+        """The parts of the data without which it cannot run with these options."""
+        return self.needs
 
     def settings(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""

@@ -241,7 +241,7 @@ def _check_data(pipeline: Pipeline, data: str | None) -> None:
     """Say which option is missing; `compile` itself would speak of Python arguments."""
     from ..ir.errors import OptionError
 
-    hungry = [one.name for one in pipeline if one.needs]
+    hungry = [one.name for one in pipeline if one.needed()]
     if data is None and hungry:
         raise OptionError(f"pass {hungry[0]!r} needs images", hint=f"Give --data: {DATA_HELP}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
 from .criteria import Combine, Criterion, Source, score_classes
+from .reconstruct import Compensation, compensate
 from .selection import Blocks, BoolArray, fill_up, give_back, make_blocks, shortest_prefix
 
 SLACK = 0.02  # a budget is met when what remains is at most this share below it
@@ -52,6 +53,12 @@ class PruneChannels(Pass):
     """No group keeps fewer channels than this."""
     masks: Literal["given", "learned"] | None = None
     """Remove the channels whose mask is zero, as `insert-masks` or `select-channels` set them, and fold the others."""
+    reconstruct: Literal["none", "bias", "least-squares"] = "none"
+    """Make up for what is gone, without training, on `data.calibration`: `bias` puts the mean of removed channels into
+    the constants of the layers that read them, `least-squares` gives these layers new weights for what stays."""
+    sequential: bool = True
+    """Whether `least-squares` goes layer by layer, each learning from what the layers before it now give; without, one
+    pass over the data is enough for all."""
     ignore: tuple[str, ...] = ()
     """Layers, by name or glob pattern, whose output channels all stay."""
     attention: Literal["width", "heads"] = "width"
@@ -70,10 +77,21 @@ class PruneChannels(Pass):
         unmet = [m for m in self.budget.metrics if m not in ("macs", "params")] if self.budget else []
         if unmet:
             raise InvalidOptionError(f"option 'budget': given {unmet[0]!r}, allowed: 'macs', 'params'")
+        if self.masks is not None and self.reconstruct != "none":
+            raise InvalidOptionError(
+                f"option 'reconstruct': given {self.reconstruct!r} with 'masks', where removed channels give nothing "
+                "before the cut and so are not missed behind it; allowed: 'none'"
+            )
         return self
 
+    def needed(self) -> tuple[str, ...]:
+        """Calibration data where something is reconstructed."""
+        return self.needs if self.reconstruct == "none" else ("calibration", *self.needs)
+
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Choose, cut, prove, commit."""
+        """Choose, cut, prove, reconstruct, commit."""
+        for part in self.needed():
+            context.data.need(part, who=self.title())
         default = (self.attention, self.norms) == ("width", "keep")
         groups = graph.analyse(find_groups) if default else find_groups(graph, self.attention, self.norms)
         eligible = [group for group in groups.groups if not self._ignored(group)]
@@ -84,6 +102,12 @@ class PruneChannels(Pass):
         distance = prove_cut(cut, candidate) if context.verify else None
         refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
         before, after = groups.cost(), groups.cost(kept)
+        metrics: dict[str, Any] = {"macs": after.macs, "params": after.params}
+        missed: list[Skip] = []
+        if self.reconstruct != "none":
+            found = self._compensate(cut, candidate, context)
+            notes, missed = notes + found.notes, found.skips
+            metrics |= {"reconstruct": found.metrics, "params": measure_cost(candidate).params}  # biases may be new
         graph.adopt(candidate)
         if self.masks is not None:
             folded, skips = fold_masks(graph, self.name)
@@ -96,7 +120,19 @@ class PruneChannels(Pass):
                 f"norms now take their statistics over fewer channels, which changes the output by {refitted:.1e}"
             )
         skips += [Skip(group.name, "ignored by option") for group in groups.groups if group not in eligible]
-        return PassResult(notes, skips, distance, {"macs": after.macs, "params": after.params})
+        return PassResult(notes, skips + missed, distance, metrics)
+
+    def _compensate(self, cut: Cut, candidate: Graph, context: Context) -> Compensation:
+        assert self.reconstruct != "none"
+        return compensate(
+            cut,
+            candidate,
+            context.data.need("calibration", who=self.title()),
+            method=self.reconstruct,
+            sequential=self.sequential,
+            validation=context.data.val,
+            console=context.console,
+        )
 
     def _ignored(self, group: Group) -> bool:
         layers = {slot.name.rpartition(".")[0] for slot in group.slots}
