@@ -2,84 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
-from pydantic import Field
+from torch import nn
 
 from ...ir.graph import Graph
-from ...runtime.training import CrossEntropy, KnowledgeDistillation, Objective, TrainResult, TrainSettings, train
+from ...runtime.training import Taps, TrainResult, train
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
+from .knowledge import find_places
+from .loss_options import LossOptions
+from .training_options import TrainingOptions
 
-_Share = Annotated[float, Field(ge=0, lt=1)]
-_Positive = Annotated[float, Field(gt=0)]
-_OWN = {"loss", "temperature", "alpha", "label_smoothing"}
 
-
-class Distill(Pass):
+class Distill(TrainingOptions, LossOptions, Pass):
     """Train the network on `data.train`, by default to agree with its teacher: the network that was compiled.
 
-    With student outputs z, teacher outputs v and targets y, `loss: kd` learns from
+    With student outputs z, teacher outputs v, targets y, p = softmax(z / T) and q = softmax(v / T):
 
-        L = (1 − α) · CE(y, softmax z) + α · T² · KL(softmax(v / T) ‖ softmax(z / T))
+        kd             L = (1 − α) · CE(y, softmax z) + α · T² · KL(q ‖ p)
+        scale-factor   L = kd + λ · T² · E(t, s)
+        dkd            L = CE(y, softmax z) + T² · (dkd_alpha · KL(b ‖ a) + dkd_beta · KL(t ‖ s))
+        cross-entropy  L = CE(y, softmax z)
 
-    and `loss: cross-entropy` from the first term alone. The teacher is in eval mode and gets no gradient. Under
-    `torchrun` the processes share each batch. The same seed gives the same weights on the same machine.
+    with a = [p_y, 1 − p_y] and b = [q_y, 1 − q_y]. The scale factors s_j = p_j / Σ_{k≠y} p_k, and t_j of the teacher
+    alike, say how close each other class is to the image, by the share that it has of what the target leaves; E(t, s)
+    is KL(t ‖ s), or another `form`. `attention` and `hint` add terms that compare features of both networks, at places
+    of equal resolution.
 
-    Source: G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2015.
+    The teacher is in eval mode and gets no gradient. Under `torchrun` the processes share each batch. The same seed
+    gives the same weights on the same machine, also when the run was interrupted and resumed.
+
+    Sources: G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2015; Xu and Song 2018 (scale
+    factor; the formula is our reading of the abstract); Zhao et al., Decoupled Knowledge Distillation, 2022.
     """
 
     name: ClassVar[str] = "distill"
     semantics: ClassVar[Semantics] = TRAINING
     needs: ClassVar[tuple[str, ...]] = ("train",)
 
-    epochs: Annotated[int, Field(ge=1)] = 10
-    """Passes over the training data."""
-    loss: Literal["kd", "cross-entropy"] = "kd"
-    """`kd` learns from the teacher and the targets, `cross-entropy` from the targets alone."""
-    temperature: _Positive = 4.0
-    """T: the higher, the more the teacher's small probabilities count."""
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Weight of the teacher; the targets have the rest."""
-    label_smoothing: _Share = 0.0
-    """Share of a target's probability that is spread over all classes."""
-    lr: _Positive = 0.02
-    """Highest learning rate; it falls to 0 along a cosine."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` has Nesterov momentum."""
-    momentum: _Share = 0.9
-    """Of `sgd`."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Of weights; biases and normalisation have none."""
-    warmup: _Share = 0.05
-    """Share of all steps in which the learning rate rises from 0."""
-    clip_norm: _Positive | None = 1.0
-    """Gradients of a larger norm are scaled down to it: a folded network has no batch norm to tame them."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16 where that is safe and keeps float32 weights."""
-    keep: Literal["best", "last"] = "best"
-    """`best` keeps the epoch with the highest accuracy on `data.val`, if there is one; `last` the last."""
-
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Train the graph's module in place."""
-        settings = TrainSettings(**self.model_dump(exclude=_OWN))
-        result = train(
-            graph.module,
-            context.data,
-            objective=self._objective(),
-            teacher=context.teacher if context.teacher is not None else context.original.module,
-            settings=settings,
-            seed=context.seed,
-            console=context.console,
-            title=self.name,
-        )
+        teacher = context.teacher if context.teacher is not None else context.original.module
+        taps = None
+        if self.compares_features:
+            taps = find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
+        inputs = graph.example_kwargs or graph.example_args
+        result = self.teach(graph.module, teacher, taps, inputs, context)
         with graph.edit(self.name):
             pass  # the values have changed: the epoch moves on, the history tells
         return PassResult([_note(result)], metrics=_metrics(result))
 
-    def _objective(self) -> Objective:
-        if self.loss == "cross-entropy":
-            return CrossEntropy(self.label_smoothing)
-        return KnowledgeDistillation(self.temperature, self.alpha, self.label_smoothing)
+    def teach(
+        self, student: nn.Module, teacher: nn.Module, taps: Taps | None, inputs: Any, context: Context
+    ) -> TrainResult:
+        """Train any student in place.
+
+        Args:
+            student: the network.
+            teacher: another one.
+            taps: places to compare, if the options want that.
+            inputs: an example, as both take it.
+            context: data, seed, console, and the workdir for checkpoints.
+        """
+        log = self.log or (context.workdir and context.workdir / "log")
+        return train(
+            student,
+            context.data,
+            objective=self.objective(student, teacher, taps, inputs, context.data, self.epochs, context.seed),
+            teacher=teacher,
+            settings=self.train_settings(),
+            seed=context.seed,
+            taps=taps,
+            checkpoints=context.workdir,
+            log=Path(log) if log else None,
+            console=context.console,
+            title=self.name,
+        )
 
 
 def _note(result: TrainResult) -> str:
@@ -87,6 +86,11 @@ def _note(result: TrainResult) -> str:
     note = f"{result.steps} steps, loss {first.loss:.3f} → {kept.loss:.3f}"
     if kept.val_accuracy is not None:
         note += f", kept epoch {result.kept + 1} of {len(result.epochs)}"
+    cache = result.teacher_cache
+    if cache is not None:
+        full = ", full" if cache.full else ""
+        note += f", teacher asked about {cache.asked:,} of {cache.asked + cache.hits:,} images"
+        note += f" ({cache.size_bytes:,} bytes kept{full})"
     return note
 
 

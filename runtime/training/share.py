@@ -48,12 +48,17 @@ def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
     return result
 
 
+def sum_of(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    if accelerator.num_processes == 1:
+        return value
+    result: Tensor = accelerator.reduce(value, reduction="sum")
+    return result
+
+
 def agree(accelerator: Accelerator, wish: bool) -> bool:
     """Whether any process wishes it."""
-    if accelerator.num_processes == 1:
-        return wish
-    votes: Tensor = accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), reduction="sum")
-    return bool(votes > 0)
+    return bool(sum_of(accelerator, torch.tensor(float(wish), device=accelerator.device)) > 0)
 
 
 def agree_on_buffers(accelerator: Accelerator, module: nn.Module, ema: MovingAverage | None) -> None:
@@ -70,8 +75,6 @@ def evaluate_shared(accelerator: Accelerator, module: nn.Module, loader: Loader)
     rank, world = accelerator.process_index, accelerator.num_processes
     parts = list(evaluate_batches(module, loader, rank=rank, world=world))
     table = [[part.images, part.targets, part.correct, part.loss_sum] for part in parts] or [[0, 0, 0, 0.0]]
-    total = torch.tensor(table, dtype=torch.float64).sum(0)
-    if world > 1:
-        total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
+    total = sum_of(accelerator, torch.tensor(table, dtype=torch.float64).sum(0).to(accelerator.device))
     images, targets, correct, loss_sum = total.tolist()
     return Evaluation(int(images), int(targets), int(correct), loss_sum)
