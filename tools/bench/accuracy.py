@@ -21,9 +21,9 @@ import torch
 
 from ...ir.errors import FxpressError
 from .accuracy_protocol import PROTOCOLS, Protocol, load_protocol
-from .accuracy_report import page, rows_of
+from .accuracy_report import correlation_page, correlation_rows, page, rows_of
 from .accuracy_run import Bench, records_of
-from .common import header, screen, show, write_rows
+from .common import Row, header, screen, show, write_rows
 
 
 def main() -> None:
@@ -45,18 +45,26 @@ def run(options: argparse.Namespace) -> None:
         protocol = shrunk(protocol)
     console = screen()
     bench = Bench(protocol, path.stem, options.work, options.images, options.weights, console)
-    if not options.report:
-        bench.measure([row for row in protocol.rows if fnmatchcase(row.name, options.only)])
-    records = records_of(bench)
-    rows = rows_of(protocol, records)
     head = header(protocol.seeds[0], f"python -m fxpress.tools.bench.accuracy {options.protocol}")
+    rows, text = _correlation(bench, head) if protocol.correlation else _table(bench, head, options)
     show(rows, protocol.heading, console)
     if options.results:
         options.results.mkdir(parents=True, exist_ok=True)
         write_rows(options.results / f"{path.stem}.json", [head, *rows])
-        goals = [row for row in rows if row.case == "goal"]
-        text = page(protocol, records, head, goals)
         (options.results / f"{path.stem}.md").write_text(text, encoding="utf-8")
+
+
+def _table(bench: Bench, head: Row, options: argparse.Namespace) -> tuple[list[Row], str]:
+    if not options.report:
+        bench.measure([row for row in bench.protocol.rows if fnmatchcase(row.name, options.only)])
+    records = records_of(bench)
+    rows = rows_of(bench.protocol, records)
+    return rows, page(bench.protocol, records, head, [row for row in rows if row.case == "goal"])
+
+
+def _correlation(bench: Bench, head: Row) -> tuple[list[Row], str]:
+    found = bench.correlate()
+    return correlation_rows(found), correlation_page(bench.protocol, found, head)
 
 
 def shrunk(protocol: Protocol) -> Protocol:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from ...ir.errors import OptionError
 from ...passes.options import InvalidOptionError, Options
 from ...passes.pipeline import Pipeline
+from ...passes.prune.criteria import Criterion
 from ...passes.yaml_file import parse_yaml
 
 PROTOCOLS = Path(__file__).with_name("protocols")
@@ -91,8 +92,9 @@ class Goal(Options):
 class Correlation(Options):
     """Instead of rows: how criteria rank channels, against the change of the loss when each is removed."""
 
-    criteria: tuple[str, ...]
-    images: Annotated[int, Field(ge=1)] = 1024
+    criteria: tuple[Criterion, ...]
+    images: Annotated[int, Field(ge=1)] = 512
+    """Test images on which the change of the loss is measured."""
 
 
 class Protocol(Options):

@@ -10,6 +10,12 @@ from .accuracy_data import LABELS
 from .accuracy_protocol import BASE, Goal, Protocol
 from .common import Row, pretty
 
+_CORRELATIONS = {
+    "within": "within a layer",
+    "overall": "all channels",
+    "within_abs": "within a layer, size of the change",
+    "overall_abs": "all channels, size of the change",
+}
 Facts = dict[str, Any]
 Records = dict[str, list[Facts]]
 """Name of a row (or `base`) → what was measured, an entry per seed."""
@@ -63,7 +69,7 @@ def mean(facts: list[Facts], metric: str) -> float:
 
 
 def page(protocol: Protocol, records: Records, head: Row, goals: list[Row]) -> str:
-    """The table as Markdown."""
+    """The table of a protocol's rows as Markdown, with what was to be reached."""
     base = mean(records[BASE], "accuracy") if records.get(BASE) else float("nan")
     columns = [name for name, fill in _COLUMNS.items() if any(fill(facts, base) for facts in records.values())]
     lines = [["", *columns]]
@@ -71,11 +77,28 @@ def page(protocol: Protocol, records: Records, head: Row, goals: list[Row]) -> s
         lines.append([name, *(_COLUMNS[column](facts, base) for column in columns)])
     judged = [["row", "goal", "reached", "met"]]
     judged += [[row.metric, row.goal or "", f"{pretty(row.value)} {row.unit}", pretty(row.met)] for row in goals]
+    return _framed(protocol, head, [grid(lines), *(["## Goals", grid(judged)] if goals else [])])
+
+
+def correlation_rows(found: list[Facts]) -> list[Row]:
+    """Spearman's rho of each criterion with the change of the loss, best first."""
+    best = sorted(found, key=lambda fact: -fact["within"])
+    return [Row(fact["criterion"], metric, fact[metric], "Spearman") for fact in best for metric in _CORRELATIONS]
+
+
+def correlation_page(protocol: Protocol, found: list[Facts], head: Row) -> str:
+    """The same as Markdown."""
+    best = sorted(found, key=lambda fact: -fact["within"])
+    lines = [["criterion", *_CORRELATIONS.values()]]
+    lines += [[fact["criterion"], *(f"{fact[metric]:+.3f}" for metric in _CORRELATIONS)] for fact in best]
+    return _framed(protocol, head, [grid(lines), f"{found[0]['classes']} channels."])
+
+
+def _framed(protocol: Protocol, head: Row, parts: list[str]) -> str:
     images = protocol.images
     what = f"Images: {LABELS[images.data]}, {images.train or 'all'} for training, {images.test or 'all'} for testing."
-    facts_of = "\n".join(f"- {key}: {value}" for key, value in head.value.items())
-    parts = [f"# {protocol.heading}", what, protocol.note.strip(), grid(lines), "## Goals" if goals else ""]
-    parts += [grid(judged) if goals else "", "## Measured with", facts_of]
+    facts = "\n".join(f"- {key}: {value}" for key, value in head.value.items())
+    parts = [f"# {protocol.heading}", what, protocol.note.strip(), *parts, "## Measured with", facts]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

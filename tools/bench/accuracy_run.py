@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...ir.trace import trace
 from ...passes.compile import Compiled
 from ...passes.compile import compile as compile_network
+from ...passes.prune.criteria.oracle import rank_correlation
 from ...runtime.atomic import write_atomically
 from ...runtime.data import Data
 from ...runtime.measure import latency_ratio
@@ -106,6 +108,20 @@ class Bench:
         network.load_state_dict(load_file(place))
         return network
 
+    def correlate(self) -> list[Facts]:
+        """How the criteria rank the base's channels, against the change of the loss when each is removed."""
+        plan, place = self.protocol.correlation, self.folder / "correlation.json"
+        assert plan is not None
+        identity = self._identity(plan.model_dump(mode="json"))
+        facts = _read(place, identity)
+        if facts is None:
+            graph = trace(self.network(BASE, 0).eval(), self.image)
+            found = rank_correlation(graph, self.data(0), plan.criteria, images=plan.images, console=self.console)
+            facts = {"rows": [asdict(one) for one in found]}
+            _write(place, identity, facts)
+        rows: list[Facts] = facts["rows"]
+        return rows
+
     def _measure(self, case: Case, seed: int) -> None:
         place, started = self._place(case, seed), time.perf_counter()
         model = self.network(self.protocol.model, seed)
@@ -169,7 +185,8 @@ def records_of(bench: Bench) -> Records:
 @torch.no_grad()
 def measure_ratios(student: nn.Module, teacher: nn.Module, data: Data) -> Facts:
     """How well ratios of class pairs are learned, on the test images (see `ratio_error` and `rank_correlation`)."""
-    from ...runtime.training.losses import rank_correlation, ratio_error
+    from ...runtime.training.losses import rank_correlation as ratio_rank
+    from ...runtime.training.losses import ratio_error
 
     assert data.val is not None
     student.eval()
@@ -177,7 +194,7 @@ def measure_ratios(student: nn.Module, teacher: nn.Module, data: Data) -> Facts:
     mine, others, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return {
         "ratio_error": ratio_error(mine, others, targets),
-        "ratio_rank": rank_correlation(mine, others, targets),
+        "ratio_rank": ratio_rank(mine, others, targets),
     }
 
 
