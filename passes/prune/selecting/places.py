@@ -82,11 +82,12 @@ def _remove_unit_masks(graph: Graph) -> set[str] | None:
                 f"pass 'select-channels' learns masks that begin anew, and {node.target} has factors other than 1",
                 hint="Run `prune-channels: {masks: given}` (or `learned`) before it.",
             )
+    before = [node.all_input_nodes[0] for node in found]
     with graph.edit("select-channels"):
-        for node in found:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        for node, source in zip(found, before, strict=True):
+            node.replace_all_uses_with(source)
             node.graph.erase_node(node)
-    return {node.all_input_nodes[0].name for node in found} if found else None
+    return {source.name for source in before} if found else None
 
 
 def _only_norms_read(node: fx.Node, groups: Groups, norms: set[fx.Node], anchors: list[Anchor]) -> bool:
