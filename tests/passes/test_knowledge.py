@@ -71,7 +71,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [*list(EXPECTED)[:3], pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_a_pruned_student_and_its_teacher(name):
     size, expected = EXPECTED[name]
     torch.manual_seed(0)
@@ -131,8 +131,9 @@ def test_other_activations_and_concatenations():
             both = torch.cat([functional.silu(self.a(x)), functional.gelu(self.b(x))], 1)
             y = self.d(self.prelu(self.c(both)))
             gate = functional.relu(y.mean((2, 3), keepdim=True))
-            partly = torch.cat([y, functional.relu(y)], 1)
-            return functional.hardswish(y * gate).mean((2, 3)) + partly.mean((2, 3))[:, :4]
+            high = functional.hardswish(y * gate)
+            partly = torch.cat([y, high], 1)  # no activation: y is none
+            return partly.mean((2, 3))
 
     ends = stage_ends(fxpress.trace(Mixed(), images(8)))
     assert [(key[0], node.name) for key, node in ends.items()] == [(8, "cat"), (4, "prelu_1"), (2, "hardswish")]
