@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .passes.budget import Budget
     from .passes.compile import Compiled, compile, load  # noqa: A004 - names of the contract
     from .passes.pipeline import Pipeline
+    from .passes.train.distilling import distill
     from .runtime.data import Data
     from .tools.explain import explain
 
@@ -52,6 +53,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "compile",
+    "distill",
     "explain",
     "load",
     "trace",
@@ -64,6 +66,7 @@ _HOME_OF = {
     "Graph": ".ir.graph",
     "Pipeline": ".passes.pipeline",
     "compile": ".passes.compile",
+    "distill": ".passes.train.distilling",
     "explain": ".tools.explain",
     "load": ".passes.compile",
     "trace": ".ir.trace",

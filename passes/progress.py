@@ -6,14 +6,18 @@ import os
 
 from rich.console import Console
 
+from ..runtime.processes import is_main
 from .report import Row, short
 
 
 def make_console() -> Console:
-    """A console on standard error; quiet where that is no terminal, unless FXPRESS_PROGRESS is 1 (0: always quiet)."""
+    """A console on standard error; quiet where that is no terminal, unless FXPRESS_PROGRESS is 1 (0: always quiet).
+
+    Under `torchrun` only the first process speaks.
+    """
     console = Console(stderr=True, highlight=False)
     wish = os.environ.get("FXPRESS_PROGRESS", "")
-    console.quiet = wish == "0" or (wish != "1" and not console.is_terminal)
+    console.quiet = not is_main() or wish == "0" or (wish != "1" and not console.is_terminal)
     return console
 
 

@@ -15,6 +15,8 @@ from ..ir.errors import ArtifactError, OptionError
 from ..ir.graph import Graph
 from ..runtime import artifact
 from ..runtime.atomic import write_atomically
+from ..runtime.processes import is_main
+from ..runtime.training.checkpoint import clear_checkpoints
 from .pipeline import Pipeline
 from .report import Report
 
@@ -57,9 +59,13 @@ class Workdir:
             raise OptionError(f"workdir {self.path} cannot be made: {error.strerror}") from None
 
     def start(self) -> None:
-        """Forget an earlier run: remove the snapshots that its state names, and begin a new state."""
-        for name in self._read_state().get("finished", []):
-            (self.path / f"{Path(name).name}.fxp").unlink(missing_ok=True)
+        """Forget an earlier run: remove its snapshots and checkpoints, and begin a new state."""
+        finished = [Path(name).name for name in self._read_state().get("finished", [])]
+        if is_main():
+            for name in finished:
+                (self.path / f"{name}.fxp").unlink(missing_ok=True)
+            for name in {*finished, *self.names}:
+                clear_checkpoints(self.path / name)
         self._write_state(0)
 
     def resume(self) -> Snapshot | None:
@@ -83,7 +89,8 @@ class Workdir:
 
     def save(self, finished: int, graph: Graph, report: Report) -> None:
         """Keep the network behind the pass number `finished` (from 1)."""
-        artifact.save(self._file(finished), graph, pipeline=None, report=report.to_dict())
+        if is_main():
+            artifact.save(self._file(finished), graph, pipeline=None, report=report.to_dict())
         self._write_state(finished)
 
     def scratch(self, index: int) -> Path:
@@ -133,7 +140,8 @@ class Workdir:
 
     def _write_state(self, finished: int) -> None:
         state = {"format": FORMAT, **self.identity, "finished": self.names[:finished]}
-        write_atomically(self.path / STATE, [f"{json.dumps(state, indent=2)}\n".encode()])
+        if is_main():
+            write_atomically(self.path / STATE, [f"{json.dumps(state, indent=2)}\n".encode()])
 
 
 def fingerprint(graph: Graph) -> str:

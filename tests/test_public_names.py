@@ -20,7 +20,7 @@ ERRORS = {
     "TrainingError",
     "VerifyError",
 }
-FUNCTIONS = {"compile", "explain", "load", "trace"}
+FUNCTIONS = {"compile", "distill", "explain", "load", "trace"}
 CLASSES = {"Budget", "Compiled", "Data", "FxpressError", "Graph", "Pipeline"} | ERRORS
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rich.console import Console
 from torch import nn
 
 from ...ir.graph import Graph
+from ...runtime.data import Data
 from ...runtime.training import Taps, TrainResult, train
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
 from .knowledge import find_places
@@ -48,13 +50,31 @@ class Distill(TrainingOptions, LossOptions, Pass):
         if self.compares_features:
             taps = find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
         inputs = graph.example_kwargs or graph.example_args
-        result = self.teach(graph.module, teacher, taps, inputs, context)
+        result = self.teach(
+            graph.module,
+            teacher,
+            taps,
+            inputs,
+            context.data,
+            seed=context.seed,
+            console=context.console,
+            workdir=context.workdir,
+        )
         with graph.edit(self.name):
             pass  # the values have changed: the epoch moves on, the history tells
         return PassResult([_note(result)], metrics=_metrics(result))
 
     def teach(
-        self, student: nn.Module, teacher: nn.Module, taps: Taps | None, inputs: Any, context: Context
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        taps: Taps | None,
+        inputs: Any,
+        data: Data,
+        *,
+        seed: int,
+        console: Console,
+        workdir: Path | None,
     ) -> TrainResult:
         """Train any student in place.
 
@@ -62,21 +82,24 @@ class Distill(TrainingOptions, LossOptions, Pass):
             student: the network.
             teacher: another one.
             taps: places to compare, if the options want that.
-            inputs: an example, as both take it.
-            context: data, seed, console, and the workdir for checkpoints.
+            inputs: an example, as both take it; only looked at with `taps`.
+            data: with `train`.
+            seed: of the run.
+            console: shows a progress bar if it is a terminal.
+            workdir: for checkpoints, from the last of which the run goes on, and the log.
         """
-        log = self.log or (context.workdir and context.workdir / "log")
+        log = self.log or (workdir and workdir / "log")
         return train(
             student,
-            context.data,
-            objective=self.objective(student, teacher, taps, inputs, context.data, self.epochs, context.seed),
+            data,
+            objective=self.objective(student, teacher, taps, inputs, data, self.epochs, seed),
             teacher=teacher,
             settings=self.train_settings(),
-            seed=context.seed,
+            seed=seed,
             taps=taps,
-            checkpoints=context.workdir,
+            checkpoints=workdir,
             log=Path(log) if log else None,
-            console=context.console,
+            console=console,
             title=self.name,
         )
 

@@ -99,7 +99,7 @@ class Checkpoints:
     def _refuse_other(self, path: Path, other: Mapping[str, Any]) -> None:
         changed = [key for key, value in self.identity.items() if other.get(key) != value]
         if changed:
-            words = "; ".join(f"{key}: {_short(other.get(key))}, not {_short(self.identity[key])}" for key in changed)
+            words = "; ".join(f"{key}: {_unlike(other.get(key), self.identity[key])}" for key in changed)
             raise OptionError(
                 f"cannot resume: {path} belongs to another run ({words})",
                 hint="Give the same options and data, or another folder, or resume=False to start over.",
@@ -142,6 +142,9 @@ def _bytes(tensor: Tensor) -> bytes:
     return content
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _unlike(theirs: Any, mine: Any) -> str:
+    """Two values, from where they begin to differ."""
+    one, two = str(theirs), str(mine)
+    start = next((place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+    start = 0 if max(len(one), len(two)) <= 40 else one.rfind(" ", 0, start + 1) + 1
+    return f"{one[start : start + 40]}, not {two[start : start + 40]}"

@@ -113,7 +113,7 @@ class Run:
         try:
             sums = self.learner.step(group, seeds, [f"batch {number} of train" for number in numbers], middle)
         except NotFinite as error:
-            self._give_up(f"the loss is {error.value}")
+            self._give_up(f"the loss is {error.value} at", self.step + 1)
         for callback in self.callbacks:
             callback.after_step(self.learner.lr, middle)
         return sums
@@ -122,6 +122,7 @@ class Run:
         """Evaluate, choose what to keep, tell the callbacks, and write it all down."""
         accelerator, ema = self.accelerator, self.learner.ema
         agree_on_buffers(accelerator, self.student, ema)
+        self._check_weights()
         self.learner.cache.share(accelerator)
         sums = mean(accelerator, self.sums.to(accelerator.device))
         with nullcontext() if ema is None else ema.applied():
@@ -185,8 +186,7 @@ class Run:
             return
         cache = self.learner.cache
         cache.share(self.accelerator)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.student.parameters()):
-            self._give_up("a weight is NaN or infinite")
+        self._check_weights()
         if not self.accelerator.is_main_process:
             return
         if self.log is not None:
@@ -204,7 +204,11 @@ class Run:
         }
         self.store.save(self.step, state)
 
-    def _give_up(self, what: str) -> NoReturn:
+    def _check_weights(self) -> None:
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.student.parameters()):
+            self._give_up("a weight is NaN or infinite behind", self.step)
+
+    def _give_up(self, what: str, step: int) -> NoReturn:
         """Put the student back to the end of the last good epoch, and say what happened."""
         self.student.load_state_dict(self.good)
         done = len(self.results)
@@ -212,7 +216,7 @@ class Run:
         last = None if self.store is None else self.store.last()
         file = "" if last is None else f"; the last good checkpoint is {last}"
         raise TrainingError(
-            f"{what} at step {self.step + 1} (epoch {self.epoch + 1}, learning rate {self.learner.lr:.3g}); "
+            f"{what} step {step} (epoch {self.epoch + 1}, learning rate {self.learner.lr:.3g}); "
             f"the network was put back to its state {kept}{file}",
             hint="Lower lr, set clip_norm (for example 1.0), or lengthen warmup.",
         )
