@@ -127,6 +127,15 @@ class Pass(Options):
         """The parts of the data without which it cannot run with these options."""
         return self.needs
 
+    def check_data(self, data: Data) -> None:
+        """Refuse, before the first pass of a pipeline, data without which this one cannot run.
+
+        Raises:
+            DataError: says what is missing.
+        """
+        for part in self.needed():
+            data.need(part, who=self.title())
+
     def settings(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON values."""
         options: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)

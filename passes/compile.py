@@ -166,8 +166,7 @@ def _check_arguments(data: Any, teacher: Any, workdir: Any, resume: bool, seed: 
 def _check_needs(pipeline: Pipeline, data: Data) -> None:
     """Refuse before hours of other passes what is sure to fail: a pass without its data."""
     for one in pipeline:
-        for part in one.needed():
-            data.need(part, who=one.title())
+        one.check_data(data)
 
 
 def _as_module(teacher: nn.Module | Graph | Compiled | None) -> nn.Module | None:

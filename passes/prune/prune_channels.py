@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,20 +11,20 @@ from pydantic import Field, model_validator
 
 from ...ir.cost import measure_cost
 from ...ir.cut import Cut
-from ...ir.errors import BudgetError, CutError
 from ...ir.graph import Graph
-from ...ir.groups import Group, Groups, Size, find_groups
+from ...ir.groups import Group, Groups, find_groups
 from ...ir.verify import prove_cut, refit_distance
-from ...runtime.layers.channel_mask import ChannelMask
+from ...runtime.data import Data
+from ..analyse.over_time import find_statistics
 from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
-from .criteria import Combine, Criterion, Source, score_classes
+from .choosing import Choice, by_budget, by_masks, by_ratio, describe
+from .criteria import CRITERIA, Combine, Criterion, Source, check_criterion, describes, score_classes
+from .measured import make_meters
 from .reconstruct import Compensation, compensate
-from .selection import Blocks, BoolArray, fill_up, give_back, make_blocks, shortest_prefix
-
-SLACK = 0.02  # a budget is met when what remains is at most this share below it
+from .selection import make_blocks
 
 
 class PruneChannels(Pass):
@@ -40,13 +41,17 @@ class PruneChannels(Pass):
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Share of channels to remove (0 to 1): of every group (`uniform`), or of all together (`global`)."""
     budget: Budget | None = None
-    """What may remain: `macs` and/or `params`, as a fraction or an amount; met within 2 %."""
+    """What may remain: `macs`, `params` and `size` of the file, met within 2 %; measured `latency`, met within 5 %."""
     scope: Literal["uniform", "global"] = "uniform"
-    """`uniform` shrinks all groups alike, `global` lets one threshold on normalised scores decide."""
+    """`uniform` shrinks all groups alike, `global` lets one threshold on normalised scores decide. With `statistics`
+    and `apoz` the threshold is at mean - k std of every group, with one k found by bisection."""
     criterion: Criterion = "l1"
     """What says how much a channel matters; `fxpress.passes.prune.criteria` holds the formulas."""
     combine: Combine | None = None
     """What becomes of a channel that several layers hold (a residual add): by default what suits the criterion."""
+    history: tuple[str, ...] = ()
+    """For `criterion: statistics`: a file that `distill` recorded, or checkpoints of this network while it learned; by
+    default what an earlier `distill` with `record: true` left, or else the present weights alone."""
     round_to: Annotated[int, Field(ge=1, le=1024)] = 1
     """Widths become multiples of this many channels."""
     floor: Annotated[int, Field(ge=1)] = 1
@@ -74,9 +79,12 @@ class PruneChannels(Pass):
             raise InvalidOptionError(
                 f"exactly one of 'ratio', 'budget' and 'masks' is needed; given: {given or 'none'}"
             )
-        unmet = [m for m in self.budget.metrics if m not in ("macs", "params")] if self.budget else []
-        if unmet:
-            raise InvalidOptionError(f"option 'budget': given {unmet[0]!r}, allowed: 'macs', 'params'")
+        if self.history and self.criterion != "statistics":
+            raise InvalidOptionError("option 'history' is for 'criterion: statistics' alone")
+        if self.combine is not None and CRITERIA[self.criterion].combine is None:
+            raise InvalidOptionError(
+                f"option 'combine': {self.criterion!r} sees a channel as one through all layers, nothing to combine"
+            )
         if self.masks is not None and self.reconstruct != "none":
             raise InvalidOptionError(
                 f"option 'reconstruct': given {self.reconstruct!r} with 'masks', where removed channels give nothing "
@@ -88,21 +96,27 @@ class PruneChannels(Pass):
         """Calibration data where something is reconstructed."""
         return self.needs if self.reconstruct == "none" else ("calibration", *self.needs)
 
+    def check_data(self, data: Data) -> None:
+        """Also what the criterion looks at."""
+        super().check_data(data)
+        if self.masks is None:
+            check_criterion(self.criterion, self.combine, Source(data, who=f"{self.title()}, option 'criterion'"))
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Choose, cut, prove, reconstruct, commit."""
-        for part in self.needed():
-            context.data.need(part, who=self.title())
+        self.check_data(context.data)
         default = (self.attention, self.norms) == ("width", "keep")
         groups = graph.analyse(find_groups) if default else find_groups(graph, self.attention, self.norms)
         eligible = [group for group in groups.groups if not self._ignored(group)]
-        kept, notes = self._choose(graph, groups, eligible, context)
+        choice = self._choose(graph, groups, eligible, context)
+        kept, notes = choice.kept, choice.notes
         cut = Cut(groups, np.flatnonzero(~kept))
         candidate = cut.apply(self.name)
         candidate.lint()
         distance = prove_cut(cut, candidate) if context.verify else None
         refitted = refit_distance(cut, candidate) if context.verify and self.norms == "refit" else None
         before, after = groups.cost(), groups.cost(kept)
-        metrics: dict[str, Any] = {"macs": after.macs, "params": after.params}
+        metrics: dict[str, Any] = {"macs": after.macs, "params": after.params, **choice.metrics}
         missed: list[Skip] = []
         if self.reconstruct != "none":
             found = self._compensate(cut, candidate, context)
@@ -114,7 +128,7 @@ class PruneChannels(Pass):
             notes.append(f"{folded} masks folded")
         else:
             skips = []
-        notes.insert(0, _describe(groups, kept, before, after))
+        notes.insert(0, describe(groups, kept, before, after))
         if refitted is not None:
             notes.append(
                 f"norms now take their statistics over fewer channels, which changes the output by {refitted:.1e}"
@@ -138,90 +152,43 @@ class PruneChannels(Pass):
         layers = {slot.name.rpartition(".")[0] for slot in group.slots}
         return any(fnmatchcase(layer, pattern) for layer in layers for pattern in self.ignore)
 
-    def _choose(
-        self, graph: Graph, groups: Groups, eligible: list[Group], context: Context
-    ) -> tuple[BoolArray, list[str]]:
-        """The classes that stay, shape (groups.count,), and notes for the report."""
+    def _choose(self, graph: Graph, groups: Groups, eligible: list[Group], context: Context) -> Choice:
+        """The classes that stay."""
         if self.masks is not None:
-            return _masked(graph, groups), []
-        who = f"{self.title()}, option 'criterion'"
-        source = Source(context.data, seed=context.seed, console=context.console, who=who)
+            return by_masks(graph, groups)
+        source, notes = self._source(graph, context)
         scores = score_classes(graph, groups, self.criterion, source=source, combining=self.combine, among=eligible)
         uniform = self.scope == "uniform"
         blocks = make_blocks(groups, eligible, scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
         if self.budget is None:
             assert self.ratio is not None
-            return _by_ratio(self.ratio, eligible, blocks, uniform), []
+            choice = by_ratio(self.ratio, eligible, blocks, uniform=uniform)
+        else:
+            choice = by_budget(groups, blocks, self._limits(context), make_meters(self.budget, groups, context))
+        choice.notes = notes + choice.notes
+        if not uniform and choice.threshold is not None:
+            choice.metrics["threshold"] = choice.threshold
+            if CRITERIA[self.criterion].scale == "standard":
+                choice.notes.append(f"cut at mean - k std of every group with k = {-choice.threshold:.3f}")
+        return choice
+
+    def _limits(self, context: Context) -> dict[str, float]:
+        """What may remain of what can be computed."""
+        assert self.budget is not None
         original = measure_cost(context.original)
-        limits = {m: self.budget.limit(m, getattr(original, m)) for m in self.budget.metrics}
-        return _by_budget(groups, blocks, limits)
+        computed = [metric for metric in self.budget.metrics if metric in ("macs", "params")]
+        return {metric: self.budget.limit(metric, getattr(original, metric)) for metric in computed}
 
-
-def _by_ratio(ratio: float, eligible: list[Group], blocks: Blocks, uniform: bool) -> BoolArray:
-    """Blocks up to a share of each group, or of all channels together."""
-    if uniform:
-        return blocks.without(int(np.searchsorted(blocks.key, ratio + 1e-9, side="right")))
-    target = ratio * sum(group.channels for group in eligible)
-    return blocks.without(int(np.searchsorted(blocks.ends, target + 1e-9, side="right")) - 1)
-
-
-def _by_budget(groups: Groups, blocks: Blocks, limits: dict[str, float]) -> tuple[BoolArray, list[str]]:
-    """The shortest prefix of blocks within all limits, refined where its last block overshoots."""
-
-    def fits(kept: BoolArray) -> bool:
-        size = groups.cost(kept)
-        return all(getattr(size, metric) <= limit for metric, limit in limits.items())
-
-    def close(kept: BoolArray) -> bool:
-        """Not below every limit by more than the slack."""
-        size = groups.cost(kept)
-        return any(getattr(size, metric) >= limit * (1 - SLACK) for metric, limit in limits.items())
-
-    count = shortest_prefix(blocks, fits)
-    kept = blocks.without(count)
-    if not fits(kept):
-        raise BudgetError(
-            _unmet(groups.cost(kept), groups.cost(), limits),
-            hint="Raise the budget, or lower floor, round_to or ignore"
-            + (", or set norms to refit." if groups.labels.norms == "keep" else "."),
+    def _source(self, graph: Graph, context: Context) -> tuple[Source, list[str]]:
+        """What the criterion may draw on, and notes for the report."""
+        source = Source(
+            context.data, seed=context.seed, console=context.console, who=f"{self.title()}, option 'criterion'"
         )
-    if count and not close(kept):
-        finer = fill_up(blocks, count - 1, close, fits)
-        kept = give_back(blocks, count, close, fits) if finer is None else finer
-    return kept, [] if close(kept) or not count else ["widths are too coarse to come closer to the budget"]
-
-
-def _unmet(least: Size, whole: Size, limits: dict[str, float]) -> str:
-    parts = [
-        f"{metric}: {limit:.4g} allowed, {getattr(least, metric):.4g} is the least that can be reached "
-        f"({getattr(least, metric) / getattr(whole, metric):.1%} of the present {getattr(whole, metric):.4g})"
-        for metric, limit in limits.items()
-        if getattr(least, metric) > limit
-    ]
-    return f"pass 'prune-channels' cannot meet its budget ({'; '.join(parts)})"
-
-
-def _masked(graph: Graph, groups: Groups) -> BoolArray:
-    """The classes whose mask is not zero; a group whose masks are all zero is an error."""
-    kept = np.ones(groups.count, dtype=bool)
-    found = False
-    for node in graph.nodes:
-        layer = graph.layer(node)
-        axis = groups.channels(node)
-        if isinstance(layer, ChannelMask):
-            found = True
-            if axis is not None:
-                kept[axis[1][layer.cut.cpu().numpy()]] = False
-    if not found:
-        raise CutError("pass 'prune-channels', option 'masks': the graph has no masks", hint="Run insert-masks first.")
-    kept[groups.locked] = True
-    return kept
-
-
-def _describe(groups: Groups, kept: BoolArray, before: Size, after: Size) -> str:
-    total = sum(group.channels for group in groups.groups)
-    gone = int((~kept).sum())
-    return (
-        f"{gone} of {total} channels in {len(groups.groups)} groups removed; "
-        f"MACs {after.macs / max(before.macs, 1):.3f}, parameters {after.params / max(before.params, 1):.3f} of before"
-    )
+        if self.criterion != "statistics":
+            return source, []
+        recorded = find_statistics(graph, self.history, context.records.statistics)
+        if recorded is None:
+            return source, []
+        if not self.history and not describes(recorded, graph):
+            return source, ["what was recorded is of other widths and not used: statistics of the present weights"]
+        return replace(source, recorded=recorded), [f"statistics over {recorded.checkpoints} checkpoints"]

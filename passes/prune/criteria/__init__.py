@@ -24,14 +24,14 @@ from .combining import Combine, FloatArray, Scale, combine, fill_unseen
 from .geometric_median import fpgm
 from .gradients import batch_slopes, fisher, slopes
 from .magnitude import l1, l2, std
-from .members import Member, Source, draws, filters, moments, norms
+from .members import Member, Source, describes, draws, filters, moments, norms
 from .observing import loader_of, pooled, responses, zero_shares
 from .second_order import obd, obs
 from .slimming import slimming
 from .statistics import statistics
 from .taylor import taylor, taylor_abs
 
-__all__ = ["CRITERIA", "Combine", "Criterion", "Source", "check_criterion", "score_classes"]
+__all__ = ["CRITERIA", "Combine", "Criterion", "Source", "check_criterion", "describes", "score_classes"]
 
 Criterion = Literal[
     "l1", "l2", "std", "statistics", "slimming", "fpgm", "apoz", "variance", "entropy", "taylor", "taylor-abs", "obd",

@@ -18,6 +18,8 @@ from ....ir.graph import Graph, submodule
 from ....ir.groups import Groups
 from ....ir.labels import IntArray, Slot
 from ....runtime.data import Data
+from ...analyse.over_time import FilterHistory, TimeStatistics
+from ...analyse.weights import filters_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Source:
         data: its calibration batches, or else its training batches.
         images: at most so many of them.
         seed: of random scores.
+        recorded: what became of the filters while the network learned; None knows the present weights alone.
         console: where progress is shown.
         who: begins the errors, e.g. `pass 'prune-channels', option 'criterion'`.
     """
@@ -50,6 +53,7 @@ class Source:
     data: Data = field(default_factory=Data)
     images: int = 1024
     seed: int = 0
+    recorded: TimeStatistics | None = None
     console: Console = field(default_factory=lambda: Console(quiet=True))
     who: str = "option 'criterion'"
 
@@ -65,11 +69,25 @@ def filters(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # no
 
 
 def moments(graph: Graph, groups: Groups, source: Source) -> list[Member]:
-    """Mean |w| and standard deviation of every filter, (n,) each: the statistics of a single checkpoint."""
-    return [
-        Member(m.name, m.classes, (m.evidence[0].abs().mean(1), m.evidence[0].std(1, correction=0)))
-        for m in filters(graph, groups, source)
-    ]
+    """Mean |w| and standard deviation of every filter, and its instability where it was recorded, (n,) each."""
+    members = []
+    for member in filters(graph, groups, source):
+        rows = member.evidence[0].double()
+        past = source.recorded.filters(member.name, len(rows)) if source.recorded is not None else None
+        found = (rows.abs().mean(1), rows.std(1, correction=0)) if past is None else _history(past)
+        members.append(Member(member.name, member.classes, found))
+    return members
+
+
+def _history(past: FilterHistory) -> tuple[Tensor, ...]:
+    instability = () if past.instability is None else (past.instability,)
+    return tuple(map(torch.from_numpy, (past.mean, past.std, *instability)))
+
+
+def describes(recorded: TimeStatistics, graph: Graph) -> bool:
+    """Whether recorded statistics are of this network's filters, and not of those before a cut."""
+    present = filters_of(graph.module)
+    return all(name in present and len(present[name]) == len(past.mean) for name, past in recorded.history.items())
 
 
 def norms(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa: ARG001

@@ -189,7 +189,8 @@ def test_a_failed_proof_leaves_the_graph_as_it_was(graph: Graph, monkeypatch: py
         ({"ratio": 0.5, "criterion": "l3"}, "'l3', allowed: 'l1' or 'l2' or 'std' or 'statistics'"),
         ({"ratio": 0.5, "scope": "local"}, "scope"),
         ({"ratio": 0.5, "round_to": 0}, "round_to"),
-        ({"budget": Budget(latency=0.5)}, "'latency', allowed: 'macs', 'params'"),
+        ({"ratio": 0.5, "criterion": "taylor", "combine": "sum"}, "all layers, nothing to combine"),
+        ({"ratio": 0.5, "history": ("a.pt",)}, "'history' is for"),
         ({"ratio": 0.5, "raio": 1}, "raio"),
     ],
 )
