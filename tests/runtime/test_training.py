@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import random
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +12,6 @@ import torch
 from fxpress.ir.errors import DataError, OptionError, TrainingError
 from fxpress.runtime.data import Data, load_data
 from fxpress.runtime.training import CrossEntropy, KnowledgeDistillation, Lesson, TrainSettings, train
-from fxpress.runtime.training.share import shared_batches
 from rich.console import Console
 from scipy import special
 from torch import nn
@@ -267,70 +262,6 @@ class TestTrain:
         assert texts[False] == ""
         for words in ("learning", "epoch 1/1", "loss", "accuracy", "images/s"):
             assert words in texts[True]
-
-
-SCRIPT = """
-import os, sys, torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from fxpress.runtime.data import Data
-from fxpress.runtime.training import TrainSettings, train
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-inputs = torch.randn(32, 4)
-targets = inputs[:, :3].argmax(1)
-student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
-train_part = loader if sys.argv[2] == "loader" else list(loader)
-data = Data(train=train_part, val=[(inputs[:5], targets[:5])])
-seen = []
-student.register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])) if layer.training else None)
-result = train(student, data, settings=TrainSettings(epochs=2, lr=0.1, clip_norm=1.0))
-rank = os.environ.get("RANK", "0")
-found = {"state": student.state_dict(), "epochs": [vars(e) for e in result.epochs], "seen": seen}
-torch.save(found, f"{sys.argv[1]}/{rank}.pt")
-"""
-
-
-def run_script(folder: Path, kind: str, processes: int) -> list[dict]:
-    folder.mkdir()
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(script), str(folder), kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["loader", "list"])
-def test_two_processes_learn_what_one_learns(tmp_path, kind):
-    (alone,) = run_script(tmp_path / "one", kind, 1)
-    first, second = run_script(tmp_path / "two", kind, 2)
-    assert alone["seen"] == [8] * 8
-    assert first["seen"] == second["seen"] == [4] * 8  # the work was shared, not done twice
-    for name, value in alone["state"].items():
-        assert torch.equal(first["state"][name], second["state"][name])
-        torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5)
-    for one, two in zip(alone["epochs"], first["epochs"], strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    assert first["epochs"] == second["epochs"]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_batch_is_shared_evenly_and_wholly(world):
-    shares = []
-    for rank in range(world):
-        process = SimpleNamespace(num_processes=world, process_index=rank, device=torch.device("cpu"))
-        inputs = torch.arange(7.0)[:, None]
-        ((mine, targets),) = shared_batches(process, [((inputs, inputs), torch.arange(7))], 0)
-        assert torch.equal(mine[0], mine[1])
-        assert torch.equal(mine[0].flatten().long(), targets)
-        shares.append(targets.tolist())
-    assert {len(share) for share in shares} == {-(-7 // world)}
-    assert set().union(*shares) == set(range(7))
 
 
 def test_a_torch_loader_as_it_is():
