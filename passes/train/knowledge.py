@@ -134,12 +134,18 @@ def _as_graph(teacher: Graph | nn.Module, student: Graph, inputs: Any) -> Graph:
 
 def _named(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Places that the patterns match, in the order of the patterns and of execution, each once."""
-    find = _matching_nodes if isinstance(module, fx.GraphModule) else _matching_modules
-    names = dict.fromkeys(name for pattern in patterns for name in find(module, pattern) or [_missing(pattern)])
-    return list(names)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        names = _matches(module, pattern)
+        if not names:
+            raise OptionError(f"no module and no node of the network matches {pattern!r}", hint=_HINT)
+        found.update(dict.fromkeys(names))
+    return list(found)
 
 
-def _matching_modules(module: nn.Module, pattern: str) -> list[str]:
+def _matches(module: nn.Module, pattern: str) -> list[str]:
+    if isinstance(module, fx.GraphModule):
+        return _matching_nodes(module, pattern)
     return [path for path, _ in module.named_modules() if path and _fits(path, pattern)]
 
 
@@ -154,7 +160,3 @@ def _fits(path: str, pattern: str) -> bool:
     """Whether a dotted path fits, part by part."""
     parts, wanted = path.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
-
-
-def _missing(pattern: str) -> str:
-    raise OptionError(f"no module and no node of the network matches {pattern!r}", hint=_HINT)

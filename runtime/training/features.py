@@ -73,7 +73,7 @@ def find_node(graph: fx.Graph, place: str) -> fx.Node:
     Raises:
         OptionError: there is none.
     """
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    nodes: list[fx.Node] = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     for node in nodes:
         if node.name == place:
             return node
@@ -104,9 +104,9 @@ def _richer(module: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
     output = graph.graph_copy(module.graph, table)
     features = tuple(table[node] for node in nodes)
     codegen = graph._codegen = copy.copy(module.graph._codegen)
-    if isinstance(codegen, _PyTreeCodeGen) and codegen.pytree_info.out_spec is not None:
+    info = codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+    if isinstance(codegen, _PyTreeCodeGen) and info is not None and info.out_spec is not None:
         # the generated code unflattens a flat tuple: it needs the structure of the whole
-        info = codegen.pytree_info
         flat = list(output) if isinstance(output, (tuple, list)) else [output]
         whole = (pytree.tree_unflatten([0] * len(flat), info.out_spec), (0,) * len(features))
         codegen.pytree_info = _PyTreeInfo(info.orig_args, info.in_spec, pytree.tree_structure(whole))

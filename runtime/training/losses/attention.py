@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ....ir.errors import OptionError
@@ -46,8 +46,8 @@ def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
     one, two = attention_map(student), attention_map(teacher)
     if one.ndim != two.ndim:
         raise OptionError(f"features {tuple(student.shape)} and {tuple(teacher.shape)} differ in their dimensions")
-    size = [min(pair) for pair in zip(one.shape[1:], two.shape[1:], strict=True)]
-    one, two = (_fitted(one, size), _fitted(two, size))
+    size = tuple(min(pair) for pair in zip(one.shape[1:], two.shape[1:], strict=True))
+    one, two = _fitted(one, size), _fitted(two, size)
     return (functional.normalize(one, dim=1) - functional.normalize(two, dim=1)).square().mean()
 
 
@@ -65,13 +65,9 @@ def attention_map(features: Tensor) -> Tensor:
     return features.square().mean(1)
 
 
-def _fitted(attention: Tensor, size: list[int]) -> Tensor:
+def _fitted(attention: Tensor, size: tuple[int, ...]) -> Tensor:
     """`(N, *space)` averaged down to `(N, size)`, then flattened."""
-    if list(attention.shape[1:]) != size:
-        pools = {
-            1: functional.adaptive_avg_pool1d,
-            2: functional.adaptive_avg_pool2d,
-            3: functional.adaptive_avg_pool3d,
-        }
-        attention = pools[len(size)](attention.unsqueeze(1), size).squeeze(1)
+    if tuple(attention.shape[1:]) != size:
+        pool: nn.Module = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[len(size) - 1](size)
+        attention = pool(attention.unsqueeze(1)).squeeze(1)
     return attention.flatten(1)

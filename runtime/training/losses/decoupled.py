@@ -57,9 +57,9 @@ class DecoupledDistillation(Objective):
         """
         outputs, teacher_outputs = lesson.outputs, teacher_scores(lesson)
         classes, t = target_classes(outputs, lesson.targets), self.temperature
-        others = [log_scale_factors(one, classes, t) for one in (outputs, teacher_outputs)]
+        log_s, log_t = (log_scale_factors(one, classes, t) for one in (outputs, teacher_outputs))
         decoupled = self.alpha * target_divergence(outputs, teacher_outputs, classes, t)
-        decoupled = decoupled + self.beta * scale_factor_error(*others, form="kl")
+        decoupled = decoupled + self.beta * scale_factor_error(log_s, log_t, "kl")
         hard: Tensor = self.cross_entropy(lesson)
         return hard + ramp(lesson.epoch, self.warmup_epochs) * t**2 * decoupled
 
