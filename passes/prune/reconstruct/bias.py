@@ -66,7 +66,21 @@ class MissingResponse:
         self.inputs, self.sums, self.counts = tensors
 
     def constant(self) -> Tensor:
-        """β, shape (kept outputs,), in double precision."""
+        """β, shape (kept outputs,), in double precision; the mean of m where β would make the error larger.
+
+        That happens where maps are so small that hardly a kernel lies inside.
+        """
+        inside = self._inside()
+        return inside if self._gap(inside) <= float(self.sums[1].sum()) else self.sums[0] / self.counts[1]
+
+    def _gap(self, constant: Tensor) -> float:
+        """Σ (m − constant)² over rows and outputs."""
+        first, second = self.sums
+        gap = (second - 2 * constant * first + self.counts[1] * constant.square()).sum()
+        return max(float(gap), 0.0)
+
+    def _inside(self) -> Tensor:
+        """β as defined above."""
         mean = self.inputs / self.counts[0]
         if isinstance(self.layer, nn.Linear):
             return self.weight.double() @ mean
@@ -77,18 +91,9 @@ class MissingResponse:
     def change(self, place: str) -> Change:
         """The layer's relative error without and with β, and what is left at the borders."""
         constant, (_, count, energy) = self.constant(), self.counts.tolist()
-        first, second = self.sums
-        after = second - 2 * constant * first + count * constant.square()
-        before, gap, scale = float(second.sum()), float(after.sum()), energy or 1.0
-        border = self._border(constant) * count
-        return Change(
-            self.consumer.layer,
-            "bias",
-            place,
-            (before / scale) ** 0.5,
-            (max(gap, 0.0) / scale) ** 0.5,
-            (border / scale) ** 0.5,
-        )
+        sums = (float(self.sums[1].sum()), self._gap(constant), self._border(constant) * count)
+        errors = [(value / energy) ** 0.5 if energy > 0 else 0.0 for value in sums]
+        return Change(self.consumer.layer, "bias", place, *errors)
 
     def _border(self, constant: Tensor) -> float:
         """Mean over positions of ‖r(p) − β‖², r the response to removed channels that are constantly their mean."""

@@ -164,7 +164,7 @@ def _refit(
     """Least squares for the consumers of one stage in one pass."""
     found = [Refit(after, consumer, sequential=sequential) for consumer in stage]
     names, sources = [consumer.name for consumer in stage], [one.source for one in found]
-    old_names, new_names = (names, sources) if sequential else ([*names, *sources], [])
+    old_names, new_names = (names, sources) if sequential else ([*sources, *names], [])
     wanted = (list(dict.fromkeys(old_names)), list(dict.fromkeys(new_names)))
 
     def visit(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -112,7 +112,7 @@ def precision_of(module: nn.Module) -> torch.dtype:
 
 
 def _check(found: list[Tensors], index: int) -> None:
-    for tensors in found:
+    for tensors in reversed(found):  # what layers read comes before what they give
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
                 raise ModelError(
