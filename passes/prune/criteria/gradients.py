@@ -44,7 +44,7 @@ def fisher(graph: Graph, groups: Groups, source: Source) -> list[Member]:
         )
     weights = {member.name: graph.tensor(member.name).detach() for member in filters(graph, groups, source)}
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    seen, limit = 0, min(source.images, FISHER_IMAGES)
+    seen, limit = 0, min(source.limit or FISHER_IMAGES, FISHER_IMAGES)
     with counted(source.console, "gradients", None) as step, evaluating(graph.module), torch.enable_grad():
         for inputs, targets in limited_batches(loader_of(source), "calibration", limit):
             for image in range(len(targets)):
@@ -80,7 +80,7 @@ def _slopes(graph: Graph, groups: Groups, source: Source) -> list[Tensor]:
     """∂L_i/∂z of each batch, (images, classes)."""
     network, found = GatedNetwork(graph, groups), []
     with counted(source.console, "gradients", None) as step:
-        for index, (inputs, targets) in enumerate(limited_batches(loader_of(source), "calibration", source.images)):
+        for index, (inputs, targets) in enumerate(limited_batches(loader_of(source), "calibration", source.limit)):
             found.append(slopes_of(network, graph, inputs, targets, f"batch {index} of calibration").cpu())
             step(len(targets))
     return found

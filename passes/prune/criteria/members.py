@@ -37,13 +37,16 @@ class Member:
     evidence: tuple[Tensor, ...]
 
 
+TRAINING_IMAGES = 1024
+
+
 @dataclass(frozen=True)
 class Source:
     """What criteria may draw on besides the graph.
 
     Args:
         data: its calibration batches, or else its training batches.
-        images: at most so many of them.
+        images: at most so many of them; None takes all calibration images, or `TRAINING_IMAGES` where there are none.
         seed: of random scores.
         recorded: what became of the filters while the network learned; None knows the present weights alone.
         console: where progress is shown.
@@ -51,11 +54,16 @@ class Source:
     """
 
     data: Data = field(default_factory=Data)
-    images: int = 1024
+    images: int | None = None
     seed: int = 0
     recorded: TimeStatistics | None = None
     console: Console = field(default_factory=lambda: Console(quiet=True))
     who: str = "option 'criterion'"
+
+    @property
+    def limit(self) -> int | None:
+        """At most so many images; None for all."""
+        return TRAINING_IMAGES if self.images is None and self.data.calibration is None else self.images
 
 
 def filters(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa: ARG001

@@ -104,7 +104,7 @@ def _observe(graph: Graph, places: Places, source: Source, reduce: Reduce) -> li
         loader_of(source),
         visit,
         nodes=list(found),
-        limit=source.images,
+        limit=source.limit,
         title="activations",
         console=source.console,
     )

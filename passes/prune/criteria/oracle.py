@@ -27,6 +27,8 @@ from ....runtime.data import Data, Loader
 from ....runtime.forward import device_of
 from ...analyse.progress import counted
 from ...analyse.streaming import limited_batches
+from ...base import Context
+from ...fuse.fold_batchnorm import FoldBatchnorm
 from . import Criterion, Source, score_classes
 from .combining import FloatArray
 from .gates import flat_inputs, losses
@@ -113,25 +115,43 @@ def removal_losses(
     """
     groups = graph.analyse(find_groups)
     wanted = _drawn(groups, per_group, seed)
+    quick, place = _without_norms(graph, groups, wanted)
     total, seen = np.full(groups.count, np.nan), 0
     total[wanted] = 0
-    with counted(console, "oracle", None) as step, evaluating(graph.module):
+    found = np.zeros(quick.count)
+    with counted(console, "oracle", None) as step, evaluating(quick.graph.module):
         for index, (inputs, targets) in enumerate(limited_batches(loader, "val", images)):
-            sweep = _Sweep(graph, groups, wanted, targets, f"batch {index} of val")
+            sweep = _Sweep(quick, place[wanted], targets, f"batch {index} of val")
             for one, change in sweep.run(flat_inputs(graph, inputs)):
-                total[one] += change * len(targets)
+                found[one] += change * len(targets)
                 step(len(targets))
             seen += len(targets)
-    result: FloatArray = total / seen
-    return result
+    total[wanted] = found[place[wanted]] / seen
+    return total
+
+
+def _without_norms(graph: Graph, groups: Groups, wanted: IntArray) -> tuple[Groups, IntArray]:
+    """Groups of the same network with its batch norms folded, which takes half the time, and each class's number there.
+
+    Where a wanted class has no number of its own there, the network stays as it is.
+    """
+    twin = graph.copy()
+    FoldBatchnorm().run(twin, Context(original=graph))
+    folded = twin.analyse(find_groups)
+    place = np.zeros(groups.count, dtype=np.int64)
+    for slot, vector in groups.labels.slots.items():
+        if slot in folded.labels.slots:
+            place[groups.vector(vector)] = folded.vector(folded.labels.slots[slot])
+    whole = not folded.locked[place[wanted]].any() and len(np.unique(place[wanted])) == len(wanted)
+    return (folded, place) if whole else (groups, np.arange(groups.count))
 
 
 class _Sweep:
     """One run over a batch from front to back, which leaves at every layer for each class first read there."""
 
-    def __init__(self, graph: Graph, groups: Groups, wanted: IntArray, targets: Tensor, where: str) -> None:
-        self.groups, self.nodes = groups, graph.nodes
-        self.targets, self.where = targets.to(device_of(graph.module)), where
+    def __init__(self, groups: Groups, wanted: IntArray, targets: Tensor, where: str) -> None:
+        self.groups, self.nodes = groups, groups.graph.nodes
+        self.targets, self.where = targets.to(device_of(groups.graph.module)), where
         self.first = _first_readers(groups, self.nodes, wanted)
 
     def run(self, leaves: list[Any]) -> Iterator[tuple[int, float]]:
