@@ -29,6 +29,7 @@ import torch
 from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...ir.cut import Cut
 from ...ir.errors import ModelError, OptionError
@@ -40,7 +41,7 @@ from ...runtime.forward import class_scores, device_of
 from .branching import branches, flat_inputs
 from .progress import counted
 from .sharing import processes, share, shared_sum
-from .streaming import limited_batches, pytree
+from .streaming import batches_within, limited_batches
 
 FloatArray = npt.NDArray[np.float64]
 Measure = Literal["kl", "accuracy"]
@@ -88,11 +89,7 @@ class Sensitivity:
     groups: tuple[GroupSensitivity, ...]
 
     def factors(self, groups: Groups) -> FloatArray:
-        """Weight w_g of every class, shape (groups.count,); geometric mean 1 over the groups.
-
-        Positive scores are multiplied by it; to scores that may be negative (z-scores) its logarithm is added, which
-        multiplies exp(score). Classes of no measured group get 1.
-        """
+        """Weight w_g of every class, shape (groups.count,); 1 for classes of no measured group."""
         known = {one.name: one.mean for one in self.groups}
         least = 1e-9 if self.measure == "kl" else 0.5 / max(self.images, 1)
         found = [group for group in groups.groups if group.name in known]
@@ -104,9 +101,25 @@ class Sensitivity:
                 factors[group.classes] = weight
         return factors
 
+    def weigh(self, scores: FloatArray, groups: Groups, *, standard: bool = False) -> FloatArray:
+        """Scores of a criterion with the influence on the whole network in them, shape (groups.count,).
+
+        The order within a group stays as it is; one threshold through all groups takes more from those that matter
+        less.
+
+        Args:
+            scores: comparable through all groups, shape (groups.count,), higher means keep.
+            groups: of the network.
+            standard: whether scores are z-scores, which have no zero to multiply: log w_g is added to them, which
+                multiplies exp(score); others are multiplied by w_g.
+        """
+        factors = self.factors(groups)
+        return scores + np.log(factors) if standard else scores * factors
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, for `PassResult.metrics["sensitivity"]`."""
-        return TypeAdapter(Sensitivity).dump_python(self, mode="json")  # type: ignore[no-any-return]
+        content: dict[str, Any] = TypeAdapter(Sensitivity).dump_python(self, mode="json")
+        return content
 
     @classmethod
     def from_dict(cls, content: Any) -> Sensitivity:
@@ -177,7 +190,9 @@ def _scan(
     rank, world = accelerator.process_index, accelerator.num_processes
     main = console if accelerator.is_main_process else None
     sums, images = torch.zeros(len(cuts) + 2, dtype=torch.float64), 0
-    with counted(main, "sensitivity", None) as step, evaluating(graph.module):
+    batches = batches_within(loader, limit)
+    steps = None if batches is None else batches * (len(cuts) + 1)
+    with counted(main, "sensitivity", steps) as step, evaluating(graph.module):
         for index, (inputs, targets) in enumerate(limited_batches(loader, "calibration", limit)):
             where = f"batch {index} of calibration"
             if len(targets) > rank:
@@ -202,11 +217,16 @@ def _compare(
             sums[-2] = scores[:, 0].numel()
             sums[-1] = _right(scores, targets) if measure == "accuracy" else 0
         else:
-            sums[number] = (
-                _right(original, targets) - _right(scores, targets) if measure == "accuracy" else _kl(original, scores)
-            )
-        step(0 if number < 0 else len(scores))
+            sums[number] = _distance(original, scores, targets, measure)
+        step(len(scores))
     return sums
+
+
+def _distance(original: Tensor, masked: Tensor, targets: Tensor, measure: Measure) -> float:
+    """D summed over all predictions of a batch."""
+    if measure == "accuracy":
+        return _right(original, targets) - _right(masked, targets)
+    return _kl(original, masked)
 
 
 def _kl(original: Tensor, masked: Tensor) -> float:

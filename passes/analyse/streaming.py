@@ -91,7 +91,7 @@ def stream_each(
     accelerator, seen = processes(), 0
     rank, world = accelerator.process_index, accelerator.num_processes
     main = console if accelerator.is_main_process else None
-    steps = len(loader) if isinstance(loader, Sized) and limit is None else None
+    steps = batches_within(loader, limit)
     with counted(main, title, steps) as step, torch.no_grad():
         for index, inputs in enumerate(limited(loader, name, limit)):
             images = images_in(inputs)
@@ -128,6 +128,14 @@ def limited_batches(loader: Loader, name: str, limit: int | None) -> Iterator[tu
         left -= count
         if not left:
             return
+
+
+def batches_within(loader: Loader, limit: int | None) -> int | None:
+    """How many batches a loader gives up to so many images; None where that cannot be told beforehand."""
+    if limit is None or not isinstance(loader, Sized):
+        return len(loader) if isinstance(loader, Sized) else None
+    size = getattr(loader, "batch_size", None)
+    return min(len(loader), -(-limit // size)) if isinstance(size, int) else None
 
 
 class _Visitor(nn.Module):
