@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ...ir.errors import FxpressError
+from .accuracy_latency import measure_latency
 from .accuracy_protocol import PROTOCOLS, Protocol, load_protocol
 from .accuracy_report import correlation_page, correlation_rows, page, rows_of
 from .accuracy_run import Bench, records_of
@@ -55,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(bench: Bench, head: Row, options: argparse.Namespace) -> tuple[list[Row], str]:
-    if not options.report:
+    if options.latency:
+        measure_latency(bench)
+    elif not options.report:
         bench.measure([row for row in bench.protocol.rows if fnmatchcase(row.name, options.only)])
     records = records_of(bench)
     rows = rows_of(bench.protocol, records)
@@ -83,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, metavar="DIR", help="write NAME.json and NAME.md here")
     parser.add_argument("--only", default="*", metavar="GLOB", help="rows to measure")
     parser.add_argument("--report", action="store_true", help="measure nothing, tell what is there")
+    parser.add_argument("--latency", action="store_true", help="measure nothing but the time of what is finished")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few images, one seed")
     return parser

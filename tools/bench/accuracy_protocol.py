@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...ir.errors import OptionError
+from ...passes import pipeline
 from ...passes.options import InvalidOptionError, Options
 from ...passes.pipeline import Pipeline
 from ...passes.prune.criteria import Criterion
 from ...passes.yaml_file import parse_yaml
 
 PROTOCOLS = Path(__file__).with_name("protocols")
+PIPELINES = Path(pipeline.__file__).with_name("pipelines")
 BASE = "base"
 
 
@@ -70,10 +72,19 @@ class Case(_Passes):
     """One row of the table."""
 
     name: str
+    pipeline: str | None = None
+    """Instead of passes: one of the pipelines that come with fxpress, as it is."""
+    model: str | None = None
+    """The network to work on, if it is another than the other rows'."""
     peer: Cut | None = None
     """Cut with Torch-Pruning's group norm pruner before the passes."""
     record: bool = True
     """Ask the teacher once for each batch and keep its answer for the other rows; not with features of the teacher."""
+
+    @property
+    def steps(self) -> Pipeline:
+        """What runs."""
+        return Pipeline.load(PIPELINES / f"{self.pipeline}.yaml") if self.pipeline else Pipeline(self.passes)
 
 
 class Goal(Options):
@@ -120,7 +131,7 @@ class Protocol(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:
-        for name in filter(None, (self.model, self.teacher)):
+        for name in filter(None, (self.model, self.teacher, *(row.model for row in self.rows))):
             if name not in self.networks:
                 raise InvalidOptionError(f"there is no network {name!r}; networks: {', '.join(self.networks)}")
         names = [row.name for row in self.rows]

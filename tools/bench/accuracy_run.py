@@ -22,8 +22,8 @@ from ...passes.compile import compile as compile_network
 from ...passes.prune.criteria.oracle import rank_correlation
 from ...runtime.atomic import write_atomically
 from ...runtime.data import Data
-from ...runtime.measure import latency_ratio
 from .accuracy_data import load_images
+from .accuracy_latency import read_latency
 from .accuracy_networks import build_network
 from .accuracy_protocol import BASE, Case, Protocol
 from .accuracy_report import Facts, Records
@@ -64,7 +64,7 @@ class Bench:
         place = self.folder / "base.json"
         if BASE in self.protocol.networks and _read(place, self._identity(BASE)) is None:
             row = compile_network(self.network(BASE, 0), [], self.image, data=self.data(0)).report.rows[0]
-            facts = {"accuracy": row.accuracy, "macs": 1.0, "parameters": 1.0, "bytes": 1.0, "latency": 1.0}
+            facts = {"accuracy": row.accuracy, "macs": 1.0, "parameters": 1.0, "bytes": 1.0}
             whole = {"whole": {"macs": row.macs, "parameters": row.parameters, "bytes": row.size_bytes}}
             _write(place, self._identity(BASE), facts | whole)
             self.console.print(f"base: {row.accuracy:.2%}, {row.macs:,} MACs, {row.parameters:,} parameters")
@@ -75,7 +75,7 @@ class Bench:
 
     def facts(self, case: Case, seed: int) -> Facts | None:
         """What was measured of a row, None where that is missing or belongs to another protocol."""
-        return _read(self._place(case, seed), self._identity(case.model_dump(mode="json")))
+        return _read(self.place(case, seed), self._identity(case.model_dump(mode="json")))
 
     @cached_property
     def image(self) -> Tensor:
@@ -123,8 +123,8 @@ class Bench:
         return rows
 
     def _measure(self, case: Case, seed: int) -> None:
-        place, started = self._place(case, seed), time.perf_counter()
-        model = self.network(self.protocol.model, seed)
+        place, started = self.place(case, seed), time.perf_counter()
+        model = self.network(case.model or self.protocol.model, seed)
         if case.peer is not None:
             from .accuracy_peer import prune_group_norm
 
@@ -132,7 +132,7 @@ class Bench:
         teacher = self.network(self.protocol.teacher or BASE, seed).eval()
         recorded = RecordedTeacher(teacher, self.folder / f"teacher-{seed}.safetensors") if case.record else None
         compiled = compile_network(
-            model, list(case.passes), self.image, data=self.data(seed), teacher=recorded or teacher,
+            model, case.steps, self.image, data=self.data(seed), teacher=recorded or teacher,
             workdir=place.with_suffix(""), resume=True, seed=seed,
         )  # fmt: skip
         if recorded is not None:
@@ -149,18 +149,17 @@ class Bench:
         assert base is not None
         last, whole = rows[-1], base["whole"]
         cut = [row.accuracy for row in rows if row.semantics == "lossy"] or ([rows[0].accuracy] if case.peer else [])
-        reference = trace(self.network(BASE, 0).eval(), self.image)
         return {
             "accuracy": last.accuracy,
             "accuracy_before_training": cut[-1] if cut and last.semantics == "training" else None,
             "macs": last.macs / whole["macs"],
             "parameters": last.parameters / whole["parameters"],
             "bytes": last.size_bytes / whole["bytes"],
-            "latency": latency_ratio(compiled.graph, reference, self.image, rounds=21).ratio,
             "notes": {row.name: row.notes for row in rows},
         }
 
-    def _place(self, case: Case, seed: int) -> Path:
+    def place(self, case: Case, seed: int) -> Path:
+        """File of a row's numbers; the folder of the same name without `.json` is its workdir."""
         slug = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
         return self.folder / f"{slug}-{seed}.json"
 
@@ -175,10 +174,11 @@ def records_of(bench: Bench) -> Records:
     base, records = bench.base(), {}
     if base is not None:
         records[BASE] = [base]
+    times = read_latency(bench)
     for case in bench.protocol.rows:
         facts = [found for seed in bench.protocol.seeds if (found := bench.facts(case, seed)) is not None]
         if facts:
-            records[case.name] = facts
+            records[case.name] = [fact | times.get(case.name, {}) for fact in facts]
     return records
 
 
