@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .analyse.chart import sensitivity_table, sensitivity_title
+from .analyse.sensitivity import Sensitivity
 from .base import Skip
 
 
@@ -97,7 +100,7 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         lines = [line for row in self.rows for line in _remarks(row)]
-        return Group(self._table(), *([Text()] if lines else []), *lines, *self._footer())
+        return Group(self._table(), *([Text()] if lines else []), *lines, *self._charts(), *self._footer())
 
     def _table(self) -> Table:
         columns = {title: [text(row, self.rows[0]) for row in self.rows] for title, text in _COLUMNS.items()}
@@ -109,9 +112,27 @@ class Report:
             table.add_row(*map(Text, cells), style="bold" if index == len(self.rows) - 1 else None)
         return table
 
+    def _charts(self) -> list[RenderableType]:
+        """The sensitivity scans of the passes that made one."""
+        charts: list[RenderableType] = []
+        for row, scan in scans_of(self):
+            title = Text.assemble((f"{row.name}: ", "bold"), sensitivity_title(scan))
+            charts += [Text(), title, sensitivity_table(scan)]
+        return charts
+
     def _footer(self) -> list[Text]:
         environment = ", ".join(f"{key} {value}" for key, value in self.environment.items())
         return [Text(), Text(environment, style="dim")] if environment else []
+
+
+def scans_of(report: Report) -> list[tuple[Row, Sensitivity]]:
+    """The sensitivity scans in a report, each with the row of its pass; content of another form is passed over."""
+    found = []
+    for row in report.rows:
+        if "sensitivity" in row.metrics:
+            with contextlib.suppress(ValidationError):  # from a file that somebody else wrote
+                found.append((row, Sensitivity.from_dict(row.metrics["sensitivity"])))
+    return found
 
 
 def short(number: float) -> str:

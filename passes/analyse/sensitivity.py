@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter
 from rich.console import Console
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -57,14 +57,14 @@ class GroupSensitivity:
     Args:
         name: of the group: the layer that produces its channels.
         channels: how many classes of channels it has.
-        ratios: shares of them that were masked, 0-1, rising; those asked for, rounded to whole channels.
-        values: D at each of them.
+        masked: how many of them were masked at each ratio.
+        values: D at each ratio.
     """
 
     name: str
     channels: int
-    ratios: tuple[float, ...]
-    values: tuple[float, ...]
+    masked: tuple[int, ...]
+    values: tuple[FiniteFloat, ...]
 
     @property
     def mean(self) -> float:
@@ -80,12 +80,14 @@ class Sensitivity:
         measure: `kl` (nats per image) or `accuracy` (0-1).
         images: how many were looked at.
         accuracy: top-1 of the original on them, None where that was not measured.
+        ratios: shares of a group's channels that were masked, rounded to whole channels, rising.
         groups: one entry for each group that can be cut, in the order of the network.
     """
 
     measure: Measure
     images: int
-    accuracy: float | None
+    accuracy: FiniteFloat | None
+    ratios: tuple[FiniteFloat, ...]
     groups: tuple[GroupSensitivity, ...]
 
     def factors(self, groups: Groups) -> FloatArray:
@@ -167,19 +169,18 @@ def layer_sensitivity(
     _check_ratios(ratios)
     groups = graph.analyse(find_groups) if groups is None else groups
     chosen = groups.groups if among is None else among
-    plan = [(group, count) for group in chosen for count in _counts(group.channels, ratios)]
-    cuts = [Cut(groups, _least(group, scores, count)) for group, count in plan]
+    plan = {(group.index, count): group for group in chosen for count in _counts(group, ratios)}
+    cuts = [Cut(groups, _least(group, scores, count)) for (_, count), group in plan.items()]
     sums, images, targets, right = _scan(graph, cuts, loader, measure, limit, console)
-    means = (sums / max(targets, 1)).tolist()
-    found: dict[int, list[tuple[float, float]]] = {}
-    for (group, count), value in zip(plan, means, strict=True):
-        found.setdefault(group.index, []).append((count / group.channels, value))
-    entries = [
-        GroupSensitivity(group.name, group.channels, *map(tuple, zip(*found[group.index], strict=True)))
-        for group in chosen
-        if group.index in found
-    ]
-    return Sensitivity(measure, images, right / targets if measure == "accuracy" else None, tuple(entries))
+    values = dict(zip(plan, (sums / max(targets, 1)).tolist(), strict=True))
+    entries = []
+    for group in chosen:
+        counts = _counts(group, ratios)
+        if counts:
+            found = tuple(values[group.index, count] for count in counts)
+            entries.append(GroupSensitivity(group.name, group.channels, counts, found))
+    accuracy = right / targets if measure == "accuracy" else None
+    return Sensitivity(measure, images, accuracy, tuple(sorted(ratios)), tuple(entries))
 
 
 def _scan(
@@ -251,9 +252,10 @@ def _check_ratios(ratios: Sequence[float]) -> None:
         raise OptionError(f"ratios {list(ratios)} of a sensitivity scan must be between 0 and 1, and at least one")
 
 
-def _counts(channels: int, ratios: Sequence[float]) -> list[int]:
-    """How many channels of a group to mask, rising, each once."""
-    return sorted({min(max(round(ratio * channels), 1), channels - 1) for ratio in ratios}) if channels > 1 else []
+def _counts(group: Group, ratios: Sequence[float]) -> tuple[int, ...]:
+    """How many channels of a group to mask at each ratio, rising; none where it has but one."""
+    most = group.channels - 1
+    return tuple(min(max(round(ratio * group.channels), 1), most) for ratio in sorted(ratios)) if most else ()
 
 
 def _least(group: Group, scores: FloatArray, count: int) -> npt.NDArray[np.int64]:

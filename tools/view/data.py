@@ -13,7 +13,7 @@ from ...ir.graph import Graph
 from ...ir.groups import Groups, find_groups
 from ...ir.labels import varying
 from ...ir.reasons import Locked, Reason, find_locked
-from ...passes.report import Report
+from ...passes.report import Report, scans_of
 from ..explain import layer_of, title_of_locked
 from .blocks import blocks_of
 from .kinds import detail_of, dtype_name, kind_of, operation_of, specs_of, title_of
@@ -44,6 +44,7 @@ def page_data(graph: Graph, name: str, report: Report | None = None) -> JSON:
         "nodes": nodes,
         "groups": group_rows,
         "report": _report(report) if report is not None and report.rows else None,
+        "sensitivity": [] if report is None else _sensitivity(report, groups),
         "original": _original(report) if report is not None and report.rows else None,
         "batch": _batch(graph),
     }
@@ -181,6 +182,18 @@ def _report(report: Report) -> JSON:
         for row in report.rows
     ]
     return {"columns": ["pass", "MACs", "params", "accuracy", "latency"], "rows": rows}
+
+
+def _sensitivity(report: Report, groups: Groups) -> list[JSON]:
+    """The scans that passes made; a group that is still there under its name can be shown in the drawing."""
+    known = {group.name: group.index for group in groups.groups}
+    found: list[JSON] = []
+    for row, scan in scans_of(report):
+        content = scan.to_dict()
+        for group in content["groups"]:
+            group["id"] = known.get(group["name"])
+        found.append({"pass": row.name, **content})
+    return found
 
 
 def _original(report: Report) -> JSON:

@@ -19,7 +19,7 @@ from ...ir.graph import Graph
 from ...passes.report import Report
 from .data import page_data
 
-SCRIPTS = ("graph.js", "layout.js", "draw.js", "panel.js", "app.js", "events.js")
+SCRIPTS = ("graph.js", "layout.js", "draw.js", "sensitivity.js", "panel.js", "app.js", "events.js")
 _ESCAPES = {
     "<": "\\u003c",
     ">": "\\u003e",

@@ -166,6 +166,7 @@ function renderOverview(app) {
     data.groups.length ? groupTable(app) : "",
   );
   if (data.report) panel.append(html("h3", {}, "What the passes did"), reportTable(data.report));
+  for (const scan of data.sensitivity) panel.append(...sensitivitySection(scan, app));
   const keys = [["click", "a row: everything about it"], ["drag, wheel", "move, zoom"], ["arrows", "walk along the edges"], ["Enter", "open or close a block"], ["/", "search"], ["+ − 0", "zoom, fit"], ["Esc", "back to this list"]];
   panel.append(html("h3", {}, "Keys"), facts(keys.map(([key, text]) => [html("kbd", {}, key), text])));
 }
