@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,15 +14,15 @@ from ...ir.graph import Graph
 from ...ir.groups import Group, Groups, find_groups
 from ...ir.verify import prove_cut, refit_distance
 from ...runtime.data import Data
-from ..analyse.over_time import find_statistics
 from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
 from ..budget import Budget
 from ..fuse.fold_masks import fold_masks
 from ..options import InvalidOptionError
 from .choosing import Choice, by_budget, by_masks, by_ratio, describe
-from .criteria import CRITERIA, Combine, Criterion, Source, check_criterion, describes, score_classes
+from .criteria import CRITERIA, Combine, Criterion
 from .measured import make_meters
 from .reconstruct import Compensation, compensate
+from .scoring import Influence, Scoring
 from .selection import make_blocks
 
 
@@ -49,6 +48,9 @@ class PruneChannels(Pass):
     """What says how much a channel matters; `fxpress.passes.prune.criteria` holds the formulas."""
     combine: Combine | None = None
     """What becomes of a channel that several layers hold (a residual add): by default what suits the criterion."""
+    sensitivity: Influence = "none"
+    """With `scope: global`, weigh scores by how much the whole network suffers when their group alone is cut: in
+    accuracy, or in divergence of its outputs (`kl`), on calibration images or else training images."""
     history: tuple[str, ...] = ()
     """For `criterion: statistics`: a file that `distill` recorded, or checkpoints of this network while it learned; by
     default what an earlier `distill` with `record: true` left, or else the present weights alone."""
@@ -81,6 +83,11 @@ class PruneChannels(Pass):
             )
         if self.history and self.criterion != "statistics":
             raise InvalidOptionError("option 'history' is for 'criterion: statistics' alone")
+        if self.sensitivity != "none" and (self.scope != "global" or self.masks is not None):
+            raise InvalidOptionError(
+                f"option 'sensitivity': given {self.sensitivity!r}; it weighs layers against each other and so needs "
+                "'scope: global' and a ratio or budget"
+            )
         if self.combine is not None and CRITERIA[self.criterion].combine is None:
             raise InvalidOptionError(
                 f"option 'combine': {self.criterion!r} sees a channel as one through all layers, nothing to combine"
@@ -100,7 +107,7 @@ class PruneChannels(Pass):
         """Also what the criterion looks at."""
         super().check_data(data)
         if self.masks is None:
-            check_criterion(self.criterion, self.combine, Source(data, who=f"{self.title()}, option 'criterion'"))
+            self._scoring.check(data)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Choose, cut, prove, reconstruct, commit."""
@@ -156,21 +163,24 @@ class PruneChannels(Pass):
         """The classes that stay."""
         if self.masks is not None:
             return by_masks(graph, groups)
-        source, notes = self._source(graph, context)
-        scores = score_classes(graph, groups, self.criterion, source=source, combining=self.combine, among=eligible)
+        scored = self._scoring.run(graph, groups, eligible, context)
         uniform = self.scope == "uniform"
-        blocks = make_blocks(groups, eligible, scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
+        blocks = make_blocks(groups, eligible, scored.scores, uniform=uniform, round_to=self.round_to, floor=self.floor)
         if self.budget is None:
             assert self.ratio is not None
             choice = by_ratio(self.ratio, eligible, blocks, uniform=uniform)
         else:
             choice = by_budget(groups, blocks, self._limits(context), make_meters(self.budget, groups, context))
-        choice.notes = notes + choice.notes
+        choice.notes, choice.metrics = scored.notes + choice.notes, scored.metrics | choice.metrics
         if not uniform and choice.threshold is not None:
             choice.metrics["threshold"] = choice.threshold
-            if CRITERIA[self.criterion].scale == "standard":
+            if self._scoring.standard:
                 choice.notes.append(f"cut at mean - k std of every group with k = {-choice.threshold:.3f}")
         return choice
+
+    @property
+    def _scoring(self) -> Scoring:
+        return Scoring(self.criterion, self.combine, self.sensitivity, self.history, self.title())
 
     def _limits(self, context: Context) -> dict[str, float]:
         """What may remain of what can be computed."""
@@ -178,17 +188,3 @@ class PruneChannels(Pass):
         original = measure_cost(context.original)
         computed = [metric for metric in self.budget.metrics if metric in ("macs", "params")]
         return {metric: self.budget.limit(metric, getattr(original, metric)) for metric in computed}
-
-    def _source(self, graph: Graph, context: Context) -> tuple[Source, list[str]]:
-        """What the criterion may draw on, and notes for the report."""
-        source = Source(
-            context.data, seed=context.seed, console=context.console, who=f"{self.title()}, option 'criterion'"
-        )
-        if self.criterion != "statistics":
-            return source, []
-        recorded = find_statistics(graph, self.history, context.records.statistics)
-        if recorded is None:
-            return source, []
-        if not self.history and not describes(recorded, graph):
-            return source, ["what was recorded is of other widths and not used: statistics of the present weights"]
-        return replace(source, recorded=recorded), [f"statistics over {recorded.checkpoints} checkpoints"]

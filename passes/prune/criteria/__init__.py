@@ -31,7 +31,7 @@ from .slimming import slimming
 from .statistics import statistics
 from .taylor import taylor, taylor_abs
 
-__all__ = ["CRITERIA", "Combine", "Criterion", "Source", "check_criterion", "describes", "score_classes"]
+__all__ = ["CRITERIA", "Combine", "Criterion", "Source", "check_criterion", "describes", "loader_of", "score_classes"]
 
 Criterion = Literal[
     "l1", "l2", "std", "statistics", "slimming", "fpgm", "apoz", "variance", "entropy", "taylor", "taylor-abs", "obd",

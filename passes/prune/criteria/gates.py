@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from ....ir.errors import GraphError
 from ....ir.graph import Graph
@@ -19,6 +18,7 @@ from ....ir.groups import Groups
 from ....ir.verify import evaluating
 from ....runtime.data import Inputs, check_targets
 from ....runtime.forward import class_scores, device_of
+from ...analyse.branching import flat_inputs
 
 
 class GatedNetwork(fx.Interpreter):
@@ -63,7 +63,7 @@ class GatedNetwork(fx.Interpreter):
 
 def slopes_of(network: GatedNetwork, graph: Graph, inputs: Inputs, targets: Tensor, where: str) -> Tensor:
     """∂L_i/∂z of every image i and class, (images, classes), at gates 1; L is the cross entropy."""
-    device, leaves = device_of(graph.module), flat_inputs(graph, inputs)
+    device, leaves = device_of(graph.module), flat_inputs(graph, inputs, where)
     gates = torch.ones(len(targets), network._gates.shape[1], device=device, requires_grad=True)
     with evaluating(graph.module), torch.enable_grad():
         loss = losses(network.run_gated(leaves, gates), targets.to(device), where).sum()
@@ -77,12 +77,3 @@ def losses(output: Any, targets: Tensor, where: str) -> Tensor:
     check_targets(targets, scores, where)
     values = functional.cross_entropy(scores, targets, reduction="none")
     return values.reshape(len(targets), -1).mean(1)
-
-
-def flat_inputs(graph: Graph, inputs: Inputs) -> list[Any]:
-    """Inputs in the order of the graph's placeholders, on its device and in its precision."""
-    device = device_of(graph.module)
-    if isinstance(inputs, dict):
-        inputs = {name: inputs[name] for name in graph.example_kwargs}
-    examples = pytree.tree_leaves((graph.example_args, graph.example_kwargs))
-    return [leaf.to(device, example.dtype) for leaf, example in zip(pytree.tree_leaves(inputs), examples, strict=True)]

@@ -1,37 +1,37 @@
 """The oracle of criteria: what the loss really becomes when one class of channels is removed.
 
 One class at a time is masked to zero where it is read (`ir.verify.MaskedNetwork`), and the cross entropy is taken again
-on the same images. Up to the first layer that reads the class nothing changes, so the network runs once from front to
-back, and at every layer the rest of it once for each class that is first read there.
+on the same images; what lies before the first layer that reads the class runs once for all (`analyse.branching`).
 
 A criterion is good where it orders the classes as the oracle does: `rank_correlation` compares them by Spearman's ρ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from scipy.stats import spearmanr
-from torch import Tensor, fx
+from torch import Tensor
 
 from ....ir.cut import Cut
 from ....ir.graph import Graph
 from ....ir.groups import Groups, find_groups
 from ....ir.labels import IntArray
-from ....ir.verify import MaskedNetwork, evaluating
+from ....ir.verify import evaluating
 from ....runtime.data import Data, Loader
 from ....runtime.forward import device_of
-from ...analyse.progress import counted
-from ...analyse.streaming import limited_batches
+from ...analyse.branching import branches, flat_inputs
+from ...analyse.progress import Step, counted
+from ...analyse.streaming import batches_within, limited_batches
 from ...base import Context
 from ...fuse.fold_batchnorm import FoldBatchnorm
 from . import Criterion, Source, score_classes
 from .combining import FloatArray
-from .gates import flat_inputs, losses
+from .gates import losses
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,31 @@ def removal_losses(
     groups = graph.analyse(find_groups)
     wanted = _drawn(groups, per_group, seed)
     quick, place = _without_norms(graph, groups, wanted)
-    total, seen = np.full(groups.count, np.nan), 0
-    total[wanted] = 0
-    found = np.zeros(quick.count)
-    with counted(console, "oracle", None) as step, evaluating(quick.graph.module):
+    cuts = [Cut(quick, np.array([one])) for one in place[wanted]]
+    changes, seen = np.zeros(len(cuts)), 0
+    batches = batches_within(loader, images)
+    steps = None if batches is None else batches * (len(cuts) + 1)
+    with counted(console, "oracle", steps) as step, evaluating(quick.graph.module):
         for index, (inputs, targets) in enumerate(limited_batches(loader, "val", images)):
-            sweep = _Sweep(quick, place[wanted], targets, f"batch {index} of val")
-            for one, change in sweep.run(flat_inputs(graph, inputs)):
-                found[one] += change * len(targets)
-                step(len(targets))
+            where = f"batch {index} of val"
+            changes += _changes(quick.graph, cuts, flat_inputs(graph, inputs, where), targets, where, step)
             seen += len(targets)
-    total[wanted] = found[place[wanted]] / seen
-    return total
+    result = np.full(groups.count, np.nan)
+    result[wanted] = changes / seen
+    return result
+
+
+def _changes(graph: Graph, cuts: list[Cut], leaves: list[Any], targets: Tensor, where: str, step: Step) -> FloatArray:
+    """Change of the loss with each cut, (cuts,), summed over the images of a batch."""
+    changes, whole = np.zeros(len(cuts)), 0.0
+    for number, output in branches(cuts, graph, leaves):
+        loss = float(losses(output, targets.to(device_of(graph.module)), where).double().sum())
+        if number < 0:
+            whole = loss
+        else:
+            changes[number] = loss - whole
+        step(len(targets))
+    return changes
 
 
 def _without_norms(graph: Graph, groups: Groups, wanted: IntArray) -> tuple[Groups, IntArray]:
@@ -144,54 +157,6 @@ def _without_norms(graph: Graph, groups: Groups, wanted: IntArray) -> tuple[Grou
             place[groups.vector(vector)] = folded.vector(folded.labels.slots[slot])
     whole = not folded.locked[place[wanted]].any() and len(np.unique(place[wanted])) == len(wanted)
     return (folded, place) if whole else (groups, np.arange(groups.count))
-
-
-class _Sweep:
-    """One run over a batch from front to back, which leaves at every layer for each class first read there."""
-
-    def __init__(self, groups: Groups, wanted: IntArray, targets: Tensor, where: str) -> None:
-        self.groups, self.nodes = groups, groups.graph.nodes
-        self.targets, self.where = targets.to(device_of(groups.graph.module)), where
-        self.first = _first_readers(groups, self.nodes, wanted)
-
-    def run(self, leaves: list[Any]) -> Iterator[tuple[int, float]]:
-        """Each wanted class with the change of the mean loss."""
-        module = self.groups.graph.module
-        whole = self._loss(fx.Interpreter(module).run(*leaves, enable_io_processing=False))
-        plain = fx.Interpreter(module)
-        plain.args_iter = iter(leaves)
-        for place, node in enumerate(self.nodes):
-            for one in self.first.get(node, ()):
-                masked = MaskedNetwork(Cut(self.groups, np.array([one])))
-                masked.env = dict(plain.env)
-                yield one, self._loss(_advance(masked, self.nodes[place:])) - whole
-            _advance(plain, [node])
-
-    def _loss(self, flat: Any) -> float:
-        output = self.groups.graph.module.graph.process_outputs(flat)
-        return float(losses(output, self.targets, self.where).double().mean())
-
-
-def _advance(network: fx.Interpreter, nodes: list[fx.Node]) -> Any:
-    """Run some nodes, dropping values that no later one reads; returns the last value."""
-    value = None
-    for node in nodes:
-        value = network.env[node] = network.run_node(node)
-        for done in network.user_to_last_uses.get(node, ()):
-            network.env.pop(done, None)
-    return value
-
-
-def _first_readers(groups: Groups, nodes: list[fx.Node], wanted: IntArray) -> dict[fx.Node, list[int]]:
-    """For each node the wanted classes of which it is the first to mix the channels, or to normalise anew."""
-    missing, found = set(wanted.tolist()), {}
-    for node in nodes:
-        sources = (*groups.labels.readers.get(node, ()), *((node,) if node in groups.labels.refitted else ()))
-        axes = [axis for axis in map(groups.channels, sources) if axis is not None]
-        here = missing.intersection(*[np.concatenate([axis[1] for axis in axes]).tolist()] if axes else [[]])
-        found[node] = sorted(here)
-        missing -= here
-    return found
 
 
 def _drawn(groups: Groups, per_group: int | None, seed: int) -> IntArray:

@@ -16,7 +16,7 @@ from fxpress.ir.groups import Groups, find_groups
 from fxpress.ir.trace import trace
 from fxpress.ir.verify import MaskedNetwork, evaluating
 from fxpress.passes.prune.criteria import CRITERIA, Source, score_classes
-from fxpress.passes.prune.criteria.gates import GatedNetwork, flat_inputs, losses, slopes_of
+from fxpress.passes.prune.criteria.gates import GatedNetwork, losses, slopes_of
 from fxpress.passes.prune.criteria.gradients import batch_slopes, fisher, slopes
 from fxpress.passes.prune.criteria.members import Member
 from fxpress.passes.prune.criteria.observing import activations, outputs
@@ -126,7 +126,7 @@ def test_slopes_against_finite_differences(graph: Graph, batches: Any) -> None:
             gates = torch.ones(len(inputs), groups.count, dtype=torch.float64)
             gates[:, one] += sign * step
             with evaluating(graph.module):
-                scores = network.run_gated(flat_inputs(graph, inputs), gates)
+                scores = network.run_gated([inputs], gates)
                 sides.append(functional.cross_entropy(scores, targets, reduction="none"))
         # the loss is taken in single precision where gates are not
         np.testing.assert_allclose(found[:, one], (sides[0] - sides[1]) / (2 * step), atol=1e-6)
