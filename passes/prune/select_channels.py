@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -9,11 +10,12 @@ from pydantic import Field, model_validator
 from ...ir.cost import measure_cost
 from ...ir.errors import BudgetError
 from ...ir.graph import Graph
-from ...runtime.training import TrainResult, TrainSettings, train
+from ...runtime.training import TrainResult, train
 from ...runtime.training.statistics import reestimate_norms
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
 from ..budget import Budget
 from ..options import InvalidOptionError
+from ..train.training_options import TrainingOptions
 from .selecting.guidance import Guidance, Knowledge
 from .selecting.masks import ClassMasks
 from .selecting.places import Init, place_masks
@@ -24,10 +26,9 @@ from .selecting.threshold import least
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Weight = Annotated[float, Field(ge=0)]
-_TRAINING = {"epochs", "lr", "optimizer", "momentum", "weight_decay", "warmup", "clip_norm", "precision"}
 
 
-class SelectChannels(Pass):
+class SelectChannels(TrainingOptions, Pass):
     """Learn which channels stay: masks that train with the network, cut softly and reversibly, under its teacher's eye.
 
     Every channel c that could be cut gets a factor m_c behind its batch norm and before its activation; channels that
@@ -64,18 +65,20 @@ class SelectChannels(Pass):
 
     budget: Budget
     """What may remain: `macs` and/or `params`, as a fraction or an amount; met within 2 %."""
-    epochs: Annotated[int, Field(ge=1)] = 10
-    """Passes over the training data."""
     knowledge: Knowledge = "attention"
     """What guides: the teacher's class scores with `attention` maps or `hint` features, `logits` alone, or `none`."""
     places: tuple[str, ...] | None = None
-    """Stage ends, as nodes or module paths; by default the last activation of each resolution."""
+    """Where knowledge is compared: names or glob patterns; by default the last activation of each resolution."""
+    teacher_places: tuple[str, ...] | None = None
+    """The same in the teacher, if they are called otherwise there."""
     distill: _Weight = 0.9
     """a: weight of the teacher's class scores."""
     temperature: _Positive = 4.0
     """T: the higher, the more the teacher's small probabilities count."""
+    label_smoothing: _Share = 0.0
+    """Share of a target's probability that is spread over all classes."""
     knowledge_weight: _Weight | None = None
-    """b: weight of `attention` (1000 if not given) or `hint` (1)."""
+    """b: weight of `attention` (1000 if not given) or `hint` (100)."""
     init: Init = "ones"
     """First factors: `ones` leave the network as it is; `normal` |N(1, 0.1)|, `uniform` U(0.5, 1.5), `unit` U(0, 1)."""
     score: Literal["saliency", "magnitude"] = "saliency"
@@ -96,7 +99,7 @@ class SelectChannels(Pass):
     """Share at the end in which nothing is exchanged any more."""
     interval: _Positive | None = None
     """Epochs between evaluations of τ; by default one, or a fortieth of the run if that is less."""
-    patience: Annotated[int, Field(ge=1)] | None = 5
+    stable: Annotated[int, Field(ge=1)] | None = 5
     """End after so many epochs in which no channel changed its state, once the budget is met."""
     round_to: Annotated[int, Field(ge=1, le=1024)] = 1
     """Widths become multiples of this many channels."""
@@ -106,20 +109,10 @@ class SelectChannels(Pass):
     """Layers, by name or glob pattern, whose output channels all stay."""
     recalibrate: Annotated[int, Field(ge=0)] = 100
     """Batches from which the statistics of batch norms are estimated anew in the end; 0 leaves them."""
-    lr: _Positive = 0.02
-    """Highest learning rate of the weights; it falls to 0 along a cosine."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` has Nesterov momentum."""
-    momentum: _Share = 0.9
-    """Of `sgd`."""
-    weight_decay: _Weight = 5e-4
-    """Of weights; factors, biases and normalisation have none."""
-    warmup: _Share = 0.05
-    """Share of all steps in which the learning rate rises from 0."""
-    clip_norm: _Positive | None = None
+    clip_norm: _Positive | None = 5.0
     """Gradients of a larger norm are scaled down to it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16 where that is safe and keeps float32 weights."""
+    keep: Literal["last"] = "last"
+    """The last epoch: earlier ones have not been selected to the end."""
 
     @model_validator(mode="after")
     def _check(self) -> SelectChannels:
@@ -142,17 +135,20 @@ class SelectChannels(Pass):
         guidance = self._guidance()
         taps = guidance.taps(graph, teacher)
         selector = Selector(masks, self._rules(limits), self._schedule())
+        log = self.log or (context.workdir and context.workdir / "log")
         result = train(
             graph.module,
             context.data,
-            objective=guidance.objective(graph, taps),
+            objective=guidance.objective(graph, teacher, taps, context.seed),
             teacher=teacher,
-            settings=TrainSettings(**self.model_dump(include=_TRAINING), keep="last"),
+            settings=self.train_settings(),
             seed=context.seed,
             console=context.console,
             title=self.name,
             callbacks=[selector],
             taps=taps,
+            checkpoints=context.workdir,
+            log=Path(log) if log else None,
         )
         selector.finish()
         batches = reestimate_norms(graph.module, context.data, self.recalibrate, seed=context.seed)
@@ -181,14 +177,22 @@ class SelectChannels(Pass):
 
     def _rules(self, limits: dict[str, float]) -> Rules:
         return Rules(limits, self.score, self.threshold, self.cut == "hard", self.sparsity, self.mask_lr, self.round_to,
-                     self.floor, self.patience)  # fmt: skip
+                     self.floor, self.stable)  # fmt: skip
 
     def _schedule(self) -> Schedule:
         interval = self.interval if self.interval is not None else min(1.0, self.epochs / 40)
         return Schedule(self.epochs, self.free, self.ramp, self.settle, interval)
 
     def _guidance(self) -> Guidance:
-        return Guidance(self.knowledge, self.places, self.distill, self.temperature, self.knowledge_weight)
+        return Guidance(
+            self.knowledge,
+            self.places,
+            self.teacher_places,
+            self.distill,
+            self.temperature,
+            self.knowledge_weight,
+            self.label_smoothing,
+        )
 
 
 def _describe(selector: Selector) -> str:

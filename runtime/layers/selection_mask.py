@@ -10,21 +10,28 @@ from torch import Tensor
 from ...ir.dialect import register_layer
 from .channel_mask import ChannelMask
 
+LEAK = 2.0**-20  # exact in every binary format with enough exponents, bfloat16 too
+
 
 class SelectionMask(ChannelMask):
     """Multiplies channels with learned factors, of which some are switched off: `y[:, c] = mask[c] keep[c] x[:, c]`.
 
-    The cut is soft: forward it is complete, backward it does not exist (a straight-through estimator),
+    The cut is soft: forward it is complete, backward it does not exist (a straight-through estimator, Bengio et al.
+    2013),
 
         ∂L/∂mask[c] = Σ ∂L/∂y[:, c] · x[:, c]      ∂L/∂x[:, c] = mask[c] · ∂L/∂y[:, c]
 
     for channels that are cut as for those that are kept. So the factor of a channel that was cut by mistake sees what
     the loss would gain by its return, and the layers before it go on learning, until `keep` is decided anew.
 
+    A ReLU behind the mask has no slope where its input is exactly zero, and nothing would come back through it. So
+    while gradients are recorded, a channel that is cut passes on `LEAK` = 2^-20 of itself: too little to be seen in a
+    sum, and enough to tell the ReLU on which side it would be. Without gradients it is exactly zero.
+
     Args:
         channels: number of channels C.
         dim: the dimension of the input that holds them.
-        reversible: False makes the cut hard: a channel that is switched off gets no gradient.
+        reversible: False makes the cut hard: a channel that is switched off passes nothing, forward and backward.
     """
 
     keep: Tensor
@@ -59,13 +66,13 @@ class SelectionMask(ChannelMask):
 
 
 class _SoftCut(torch.autograd.Function):
-    """`x * (mask * keep)` along a dimension, whose gradients are those of `x * mask`."""
+    """`x * (mask * keep)` along a dimension, but for the leak, whose gradients are those of `x * mask`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, keep: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(x, mask)
         ctx.dim = dim % x.dim()
-        return x * _along(mask * keep, x, dim)
+        return x * _along(mask * torch.where(keep, 1.0, LEAK), x, dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ....ir.graph import Graph, TensorSpec
-from ....runtime.training import Objective
-from ....runtime.training.features import Taps, find_node
-from ....runtime.training.losses import AttentionTransfer, CrossEntropy, Hint, KnowledgeDistillation, Sum
+from ....ir.graph import Graph
+from ....runtime.forward import call, modes_restored
+from ....runtime.training import CrossEntropy, KnowledgeDistillation, Objective, Taps
+from ....runtime.training.features import tapped
+from ....runtime.training.losses import AttentionTransfer, Hint, Sum
+from ....runtime.training.seeds import seeded
 from ...train.knowledge import find_places
 
 Knowledge = Literal["attention", "hint", "logits", "none"]
+WEIGHTS = {"attention": 1000.0, "hint": 100.0}
 
 
 @dataclass(frozen=True)
@@ -22,43 +27,50 @@ class Guidance:
 
     Args:
         knowledge: what L_knowledge is; `none` leaves cross entropy alone, without class scores too.
-        places: names or glob patterns of stage ends, the same in student and teacher; None finds them.
+        places: names or glob patterns of places in the student; None finds them.
+        teacher_places: the same in the teacher; None where they have the same names.
         distill: a.
         temperature: T.
-        weight: b; None for 1000 (`attention`) or 1 (`hint`).
+        weight: b; None for that of `WEIGHTS`.
+        label_smoothing: of the cross entropy's targets.
     """
 
     knowledge: Knowledge
     places: tuple[str, ...] | None = None
+    teacher_places: tuple[str, ...] | None = None
     distill: float = 0.9
     temperature: float = 4.0
     weight: float | None = None
+    label_smoothing: float = 0.0
 
     def taps(self, graph: Graph, teacher: nn.Module) -> Taps | None:
         """The places in both networks, None where no features are compared."""
         if self.knowledge in ("logits", "none"):
             return None
-        return find_places(graph, teacher, places=self.places)
+        return find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
 
-    def objective(self, graph: Graph, taps: Taps | None) -> Objective:
-        """The loss to learn from."""
+    def objective(self, graph: Graph, teacher: nn.Module, taps: Taps | None, seed: int) -> Objective:
+        """The loss to learn from; `seed` is that of the adapters."""
+        hard = CrossEntropy(self.label_smoothing)
         if self.knowledge == "none":
-            return CrossEntropy()
-        terms: list[Objective] = [CrossEntropy(), KnowledgeDistillation(self.temperature, alpha=1.0)]
+            return hard
+        terms: list[Objective] = [hard, KnowledgeDistillation(self.temperature, alpha=1.0)]
         weights = [1.0, self.distill]
         if taps is not None:
-            attention = self.knowledge == "attention"
-            terms.append(AttentionTransfer(1.0) if attention else self._hint(graph, taps))
-            weights.append(self.weight if self.weight is not None else 1000.0 if attention else 1.0)
+            terms.append(self._knowledge(graph, teacher, taps, seed))
+            weights.append(WEIGHTS[self.knowledge] if self.weight is None else self.weight)
         return Sum(terms, weights)
 
-    def _hint(self, graph: Graph, taps: Taps) -> Objective:
-        """Adapters from the student's channels to the teacher's: here both have the same, as nothing is cut yet."""
-        channels = [_channels(graph, place) for place in taps.student]
-        return Hint(channels, channels, 1.0)
+    def _knowledge(self, graph: Graph, teacher: nn.Module, taps: Taps, seed: int) -> Objective:
+        if self.knowledge == "attention":
+            return AttentionTransfer(1.0)
+        with seeded(seed):
+            return Hint(_channels(graph, graph.module, taps.student), _channels(graph, teacher, taps.teacher), 1.0)
 
 
-def _channels(graph: Graph, place: str) -> int:
-    spec = find_node(graph.module.graph, place).meta["spec"]
-    assert isinstance(spec, TensorSpec)
-    return spec.shape[1]
+def _channels(graph: Graph, network: nn.Module, places: Sequence[str]) -> list[int]:
+    """Sizes of dimension 1 of the tensors at some places, on the example inputs of the graph."""
+    twin = tapped(network, places)
+    with torch.no_grad(), modes_restored(twin):
+        features: tuple[Tensor, ...] = call(twin.eval(), graph.example_kwargs or graph.example_args)[1]
+    return [feature.shape[1] for feature in features]

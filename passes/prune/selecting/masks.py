@@ -65,6 +65,23 @@ class ClassMasks:
             layer.keep.copy_(on[classes])
 
     @torch.no_grad()
+    def restrain(self) -> None:
+        """Factors of what is off do not exceed the largest of what is on in the same mask.
+
+        The loss does not fall when they grow, so its slope would drive them, and through them the norms, without end.
+        """
+        for layer in self.layers:
+            if bool(layer.keep.any()) and not bool(layer.keep.all()):
+                ceiling = float(layer.mask[layer.keep].abs().max())
+                layer.mask[~layer.keep] = layer.mask[~layer.keep].clamp(-ceiling, ceiling)
+
+    def harden(self) -> None:
+        """Make every cut hard."""
+        for layer in self.groups.graph.module.modules():
+            if isinstance(layer, SelectionMask):
+                layer.reversible = False
+
+    @torch.no_grad()
     def shrink(self, amounts: FloatArray) -> None:
         """The proximal step of an L1 term: m ← sign(m) · max(|m| − amount, 0), amounts by class, shape (count,)."""
         by_class = torch.from_numpy(amounts)

@@ -34,7 +34,7 @@ class Rules:
         sparsity: how far the factor of a channel of mean saving would shrink over the ramp by λ alone.
         lr_scale: learning rate of the masks over that of the weights.
         round_to, floor: of the widths in the end; before, only `floor` counts.
-        patience: epochs without a change after which the run ends; None for never.
+        stable: epochs without a change after which the run ends; None for never.
     """
 
     limits: dict[str, float]
@@ -45,7 +45,7 @@ class Rules:
     lr_scale: float = 1.0
     round_to: int = 1
     floor: int = 1
-    patience: int | None = 5
+    stable: int | None = 5
 
 
 @dataclass
@@ -85,19 +85,20 @@ class Selector(Callback):
         if self.settled:
             return
         self._shrink(lr * self.rules.lr_scale, self.progress - before)
+        self.masks.restrain()
         due = self.schedule.tick(epoch)
         if self.progress >= self.schedule.free and due > self.ticks:
             self.evaluate()
         self.ticks = due
 
     def after_epoch(self, result: EpochResult) -> bool:
-        """Write the history; stop when the choice has not changed for `patience` epochs and the budget is met."""
+        """Write the history; stop when the choice has not changed for `stable` epochs and the budget is met."""
         del result
         self.unchanged = 0 if self.moved else self.unchanged + 1
         self.history.append(self._record())
         self.cut, self.returned, self.moved = 0, 0, False
         met = within(self.masks.groups, self.kept, self.rules.limits)
-        return self.rules.patience is not None and self.unchanged >= self.rules.patience and met
+        return self.rules.stable is not None and self.unchanged >= self.rules.stable and met
 
     def finish(self) -> None:
         """Meet the budget and the widths asked for, where the run ended before they were."""
@@ -120,6 +121,8 @@ class Selector(Callback):
         self.history = list(state["history"])
         self.squares, self.kept, self.weights = (state[name].numpy() for name in ("squares", "kept", "weights"))
         self.masks.switch(self.kept)
+        if self.settled:
+            self._settle()
 
     _SCALARS = ("seen", "gain", "lam", "tau", "ticks", "progress", "settled", "unchanged", "cut", "returned", "moved")
 
@@ -143,7 +146,13 @@ class Selector(Callback):
         self._switch(choice)
         self._control(limits)
         self.weights = savings(self.masks, self.kept, list(rules.limits))
-        self.settled = last
+        if last:
+            self._settle()
+
+    def _settle(self) -> None:
+        """What is off is off for good: the rest is learned without gradients from it."""
+        self.settled = True
+        self.masks.harden()
 
     def _choose(self, limits: dict[str, float], tightness: float, last: bool) -> Choice:
         importance, rules = self.importance(), self.rules
@@ -179,11 +188,16 @@ class Selector(Callback):
         self.gain = max(self.gain, 1e-3) * float(np.clip(np.exp(2 * excess), 0.5, 2.0))
 
     def _shrink(self, lr: float, share: float) -> None:
-        """The proximal step; at gain 1, λ is such that a channel of mean saving shrinks by `sparsity` over the ramp."""
+        """The proximal step; at gain 1, λ is such that a channel of mean saving shrinks by `sparsity` over the ramp.
+
+        What is off is spared, as a factor of 0 would keep its layers from learning; with `magnitude` it is not, or what
+        is off would return because the rest has shrunk.
+        """
         if lr <= 0 or self.rules.sparsity == 0:
             return
         self.lam = self.gain * self.rules.sparsity * share / (self.schedule.ramp * lr)
-        self.masks.shrink(lr * self.lam * self.weights * self.kept)
+        shrinking = self.kept | (self.rules.score == "magnitude")
+        self.masks.shrink(lr * self.lam * self.weights * shrinking)
 
     def _record(self) -> dict[str, float]:
         size, on = self.masks.groups.cost(self.kept), self.kept & self.masks.selectable
