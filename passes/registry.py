@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "insert-masks": "prune.insert_masks:InsertMasks",
     "select-channels": "prune.select_channels:SelectChannels",
     "prune-channels": "prune.prune_channels:PruneChannels",
+    "reestimate-batchnorm": "train.reestimate_batchnorm:ReestimateBatchnorm",
     "distill": "train.distill:Distill",
     "emit": "emit.emit:Emit",
 }
