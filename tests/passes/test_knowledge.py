@@ -71,7 +71,10 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", [*list(EXPECTED)[:3], pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vgg11_bn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "densenet121"))],
+)
 def test_a_pruned_student_and_its_teacher(name):
     size, expected = EXPECTED[name]
     torch.manual_seed(0)
@@ -92,6 +95,18 @@ def test_a_pruned_student_and_its_teacher(name):
     assert sum(one.shape[1] for one in mine) < sum(two.shape[1] for two in theirs)
     loss = AttentionTransfer()(Lesson(outputs, torch.zeros(2).long(), outputs, mine, theirs))
     assert 0 < loss < torch.inf
+    if name == "densenet121":  # its last activation is a function call between modules
+        with pytest.raises(
+            OptionError, match=r"'relu_120' .* is not the output of any of its modules. Give the teacher"
+        ):
+            find_places(student, model)
+        return
+    by_module = find_places(student, model)
+    assert by_module.teacher == [place.split()[1] for place in expected]
+    with torch.no_grad():
+        features = tapped(model, by_module.teacher)(images(size))[1]
+    for one, two in zip(features, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_a_residual_network_for_small_images():
