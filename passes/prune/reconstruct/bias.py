@@ -84,8 +84,9 @@ class MissingResponse:
         mean = self.inputs / self.counts[0]
         if isinstance(self.layer, nn.Linear):
             return self.weight.double() @ mean
-        taps = weight_rows(self.layer, self.weight).double().unflatten(2, (-1, prod(self.layer.kernel_size))).sum(3)
-        response = (taps @ mean.reshape(len(taps), -1, 1)).flatten()
+        taps = weight_rows(self.layer, self.weight).double()
+        summed = taps.reshape(*taps.shape[:2], -1, prod(self.layer.kernel_size)).sum(3)  # (groups, out, in)
+        response: Tensor = (summed @ mean.reshape(len(summed), -1, 1)).flatten()
         return response / prod(self.layer.stride) if self.layer.transposed else response
 
     def change(self, place: str) -> Change:

@@ -29,8 +29,9 @@ def weight_rows(layer: Reading, weight: Tensor | None = None) -> Tensor:
     groups = layer.groups
     if not layer.transposed:
         return weight.reshape(groups, weight.shape[0] // groups, -1)
-    by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, out/groups, in/groups, *kernel)
-    return by_group.flip(_kernel_dims(by_group)).flatten(3).flatten(2)
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)  # (groups, out/groups, in/groups, *kernel)
+    turned: Tensor = by_group.flip(_kernel_dims(by_group)).flatten(3).flatten(2)
+    return turned
 
 
 def weight_of_rows(layer: Reading, rows: Tensor) -> Tensor:
@@ -69,8 +70,8 @@ def rows(layer: Reading, x: Tensor, y: Tensor, positions: int) -> Iterator[tuple
     where = tuple(torch.from_numpy(index) for index in np.unravel_index(chosen.numpy(), space))
     step = max(1, CHUNK // max(1, windows.shape[1] * kernel * len(chosen)))
     for start in range(0, len(x), step):
-        part = slice(start, start + step)
-        taken, target = (t[(part, slice(None), *where)].transpose(1, 2) for t in (windows, y))
+        index: tuple[slice | Tensor, ...] = (slice(start, start + step), slice(None), *where)
+        taken, target = (t[index].transpose(1, 2) for t in (windows, y))
         count = taken.shape[0] * taken.shape[1]
         yield taken.reshape(count, groups, -1), target.reshape(count, groups, -1)
 
@@ -110,7 +111,8 @@ def _spread(layer: _ConvNd, x: Tensor) -> Tensor:
     assert not isinstance(layer.padding, str)
     sizes = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], layer.stride, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *sizes)
-    spread[(..., *(slice(None, None, stride) for stride in layer.stride))] = x
+    spaced: list[slice] = [slice(None), slice(None), *(slice(None, None, stride) for stride in layer.stride)]
+    spread[tuple(spaced)] = x
     amounts: list[int] = []
     sides = zip(layer.kernel_size, layer.dilation, layer.padding, layer.output_padding, strict=True)
     for size, dilation, padding, extra in reversed(list(sides)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ....ir.graph import Graph
 from .consumers import Reading
@@ -26,9 +27,9 @@ def add_constant(graph: Graph, node: fx.Node, constant: Tensor) -> str:
         `bias`, `running mean` or `new bias`.
     """
     layer = graph.layer(node)
-    assert layer is not None
+    assert isinstance(layer, (_ConvNd, nn.Linear))
     if layer.bias is not None:
-        layer.bias = _parameter(layer.bias.detach().double() + constant.double(), layer.bias)  # type: ignore[operator]
+        layer.bias = _parameter(layer.bias.detach().double() + constant.double(), layer.bias)
         return "bias"
     norm = _norm_behind(graph, node)
     if norm is not None:
@@ -36,7 +37,6 @@ def add_constant(graph: Graph, node: fx.Node, constant: Tensor) -> str:
         assert mean is not None
         norm.running_mean = (mean.double() - constant.double()).to(mean.dtype)
         return "running mean"
-    assert isinstance(layer.weight, Tensor)
     layer.bias = _parameter(constant, layer.weight)
     return "new bias"
 
