@@ -111,7 +111,7 @@ class _Run:
             self.graph, self.report, self.finished = snapshot.graph, snapshot.report, snapshot.finished
             self.context.console.print(f"resumed behind {self.report.rows[-1].name}")
             return
-        if self.workdir:
+        if self.workdir and not resume:  # a first pass that was interrupted may have left checkpoints
             self.workdir.start()
         self.context.records.clear()
         self._add(self.measurements.first_row(gap, seconds))

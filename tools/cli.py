@@ -7,6 +7,7 @@ imported by the command that needs it, so that `--help` and completion answer at
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from .one_line import OneLineErrors
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
     from ..ir.graph import Graph
     from ..passes.pipeline import Pipeline
@@ -86,9 +88,13 @@ def compile(  # noqa: A001 - the name of the command
     data: DataName = None,
     weights: Weights = None,
     inputs: Input = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="MODEL to learn from; MODEL itself if not given.", metavar="MODEL")
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="State dict for --teacher.")] = None,
     out: Annotated[Path, typer.Option(help="The file to save.")] = Path("compiled.fxp"),
-    workdir: Annotated[Path | None, typer.Option(help="Keep the network as each finished pass left it.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on behind the last finished pass in --workdir.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Keep finished passes, checkpoints and logs here.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from what --workdir holds, also after a kill.")] = False,
     verify: Annotated[bool, typer.Option(help="Prove EXACT passes, measure the distance of LOSSY ones.")] = True,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -96,14 +102,18 @@ def compile(  # noqa: A001 - the name of the command
 ) -> None:
     """Run the passes of PIPELINE over MODEL and save the result."""
     from ..passes.compile import compile as compile_model
+    from ..runtime.processes import is_main
 
     _check_folder(out)
     steps = _pipeline(pipeline)
     _check_data(steps, data)
+    helper = _teacher(teacher, teacher_weights, inputs, seed)
     loaded = _load(model, weights, inputs, seed)
     images = None if data is None else _data(data, loaded, batch_size, seed)
     options: dict[str, Any] = {"workdir": workdir, "resume": resume, "verify": verify, "seed": seed}
-    compiled = compile_model(loaded.model, steps, loaded.example_inputs, data=images, **options)
+    compiled = compile_model(loaded.model, steps, loaded.example_inputs, data=images, teacher=helper, **options)
+    if not is_main():  # under torchrun the first process speaks for all
+        return
     compiled.save(out)
     if json_file is not None:
         _write_json(compiled.report.to_dict(), json_file)
@@ -209,6 +219,18 @@ def _load(model: str, weights: Path | None, inputs: list[str] | None, seed: int 
     return loaded
 
 
+def _teacher(
+    teacher: str | None, weights: Path | None, inputs: list[str] | None, seed: int
+) -> nn.Module | Graph | None:
+    from ..ir.errors import OptionError
+
+    if teacher is not None:
+        return _load(teacher, weights, inputs, seed).model
+    if weights is not None:
+        raise OptionError("--teacher-weights needs a network to put them into", hint="Give --teacher MODEL")
+    return None
+
+
 def _graph(model: str, weights: Path | None, inputs: list[str] | None) -> Graph:
     from ..ir.trace import trace
     from .models import load_model
@@ -231,7 +253,7 @@ def _pipeline(text: str) -> Pipeline:
     from ..passes.pipeline import Pipeline
 
     packaged = files("fxpress.passes") / "pipelines" / f"{text}.yaml"
-    if text.isidentifier() and packaged.is_file():
+    if re.fullmatch(r"[\w-]+", text) and packaged.is_file():
         with as_file(packaged) as path:
             return Pipeline.load(path)
     return Pipeline.of(text if "," not in text or Path(text).exists() else [name.strip() for name in text.split(",")])

@@ -107,8 +107,9 @@ class Run:
         """One step of the optimiser; what `Learner.step` gives."""
         numbers = range(self.batch, self.batch + len(group))
         seeds = [seed_of(self.seed, "model", self.epoch, number, self.rank) for number in numbers]
-        # without a known length, an epoch is one flat stair of the schedule
-        inside = (self.batch + len(group) / 2) / self.batches_per_epoch if self.batches_per_epoch else 0.5
+        # the middle of this step; without a known length, an epoch is one flat stair of the schedule
+        done = self.batch // self.settings.accumulate
+        inside = (done + 0.5) / self.steps_per_epoch if self.steps_per_epoch else 0.5
         middle = self.epoch + min(inside, 1.0)
         try:
             sums = self.learner.step(group, seeds, [f"batch {number} of train" for number in numbers], middle)

@@ -138,6 +138,41 @@ def test_compile_trains_on_data_of_the_size_that_the_network_takes(run: Run) -> 
     assert fxpress.load("compiled.fxp").graph.example_args[0].shape[1:] == (1, 12, 12)
 
 
+def test_compile_learns_from_another_model_and_is_taken_up_again(run: Run) -> None:
+    Path("kd.yaml").write_text("passes: [{distill: {epochs: 1, lr: 0.01, loss: scale-factor}}]\n")
+    torch.save(net(3)[0].state_dict(), "t.pt")
+    command = ["compile", "nets.py:net", "kd.yaml", "--data", "digits", "--workdir", "work"]
+    result = run(*command, "--teacher", "nets.py:net", "--teacher-weights", "t.pt", "--out", "a.fxp")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in Path("work/01-distill").iterdir()} == {"log", "checkpoint-000000022.safetensors"}
+    assert {"epochs.csv", "steps.csv"} < {path.name for path in Path("work/01-distill/log").iterdir()}
+    state = {**json.loads(Path("work/state.json").read_text()), "finished": []}
+    Path("work/state.json").write_text(json.dumps(state))  # as if killed between the last step and the end of the pass
+    times = {path: path.stat().st_mtime_ns for path in Path("work/01-distill").glob("checkpoint*")}
+    again = run(*command, "--teacher", "nets.py:net", "--teacher-weights", "t.pt", "--out", "b.fxp", "--resume")
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was learned again
+    assert again.exit_code == 0, again.output
+    one, two = (fxpress.load(name).module.state_dict() for name in ("a.fxp", "b.fxp"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    # another teacher is another run; and a run that is started over forgets the old one
+    Path("work/state.json").write_text(json.dumps(state))
+    fails(run(*command, "--resume"), "belongs to another run", "teacher")
+    assert run(*command).exit_code == 0
+
+
+def net(seed: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The network of nets.py with weights of its own."""
+    namespace: dict[str, Callable[[], tuple[torch.nn.Module, torch.Tensor]]] = {}
+    exec(NETS, namespace)  # noqa: S102 - the text above
+    torch.manual_seed(seed)
+    return namespace["net"]()
+
+
+def test_packaged_pipelines_are_found_by_name(run: Run) -> None:
+    for name in ("distill", "self-selection"):
+        fails(run("compile", "nets.py:net", name), "needs images", "--data")
+
+
 def test_a_packaged_pipeline_says_that_it_needs_data(run: Run) -> None:
     fails(run("compile", "nets.py:net", "demo"), "'distill'", "--data")
 
@@ -210,6 +245,8 @@ def test_demo_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
         (["compile", "nets.py:net", "prune-chanels"], ["prune-channels"]),
         (["compile", "nets.py:net", "none.yaml"], ["none.yaml"]),
         (["compile", "nets.py:net", "emit", "--resume"], ["workdir"]),
+        (["compile", "nets.py:net", "emit", "--teacher-weights", "t.pt"], ["--teacher MODEL"]),
+        (["compile", "nets.py:net", "emit", "--teacher", "nets.py:nett"], ["'net'"]),
         (["compile", "nets.py:net", "emit", "--batch-size", "0"], ["--batch-size", "fxpress compile --help"]),
         (["compile", "nets.py:net", "emit", "--out", "no/m.fxp"], ["folder", "no"]),
         (["evaluate", "nets.py:net"], ["data"]),
