@@ -25,8 +25,8 @@ class SelectionMask(ChannelMask):
     the loss would gain by its return, and the layers before it go on learning, until `keep` is decided anew.
 
     A ReLU behind the mask has no slope where its input is exactly zero, and nothing would come back through it. So
-    while gradients are recorded, a channel that is cut passes on `LEAK` = 2^-20 of itself: too little to be seen in a
-    sum, and enough to tell the ReLU on which side it would be. Without gradients it is exactly zero.
+    in training a channel that is cut passes on `LEAK` = 2^-20 of itself: too little to be seen in a sum, and enough to
+    tell the ReLU on which side it would be. In evaluation mode and without gradients it is exactly zero.
 
     Args:
         channels: number of channels C.
@@ -54,7 +54,7 @@ class SelectionMask(ChannelMask):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask a tensor of any shape whose dimension `dim` has C entries; shape and dtype stay."""
-        if self.reversible and torch.is_grad_enabled():
+        if self.reversible and self.training and torch.is_grad_enabled():
             y: Tensor = _SoftCut.apply(x, self.mask, self.keep, self.dim)
             return y
         return x * _along(self.factors, x, self.dim)
