@@ -128,13 +128,19 @@ def describe(module: nn.Module, *, values: bool = False) -> str:
 
 
 def options_of(module: nn.Module) -> str:
-    """A module's classes and the plain numbers and texts in them, such as the temperature of a loss."""
+    """A module's classes and the plain numbers and texts in them, such as a temperature or the weights of a sum."""
     parts = []
     for part in module.modules():
-        plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+        plain = {k: v for k, v in vars(part).items() if _is_plain(v) and k[0] != "_"}
         plain.pop("training", None)
         parts.append(f"{type(part).__name__}({', '.join(f'{key}={value}' for key, value in sorted(plain.items()))})")
     return " ".join(parts)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))
 
 
 def _bytes(tensor: Tensor) -> bytes:
