@@ -138,7 +138,7 @@ class TimeStatistics:
             names = dict.fromkeys(key.rpartition("/")[0] for key in state if "/" in key)
             return cls(count, {name: _from_parts(name, state, count) for name in names})
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ArtifactError(f"these are no weight statistics: {error!r} is missing or of another form") from None
+            raise ArtifactError(f"these are no weight statistics: {error} is missing or of another form") from None
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically."""
@@ -156,7 +156,7 @@ class TimeStatistics:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("format") != _FORMAT:
                     raise ArtifactError(
-                        f"{path} holds no weight statistics", hint="They are written by distill with record: FILE."
+                        f"{path} holds no weight statistics", hint="They are written by `distill` with `record: FILE`."
                     )
                 return cls.from_state({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError) as error:

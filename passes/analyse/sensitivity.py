@@ -233,7 +233,7 @@ def _distance(original: Tensor, masked: Tensor, targets: Tensor, measure: Measur
 def _kl(original: Tensor, masked: Tensor) -> float:
     """Σ KL(softmax original ‖ softmax masked) over all predictions, in nats; scores (N, classes, *space)."""
     p, q = original.double().log_softmax(1), masked.double().log_softmax(1)
-    return float((p.exp() * (p - q)).sum())
+    return max(0.0, float((p.exp() * (p - q)).sum()))  # rounding may go below
 
 
 def _right(scores: Tensor, targets: Tensor) -> int:

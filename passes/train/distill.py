@@ -11,6 +11,7 @@ from torch import nn
 from ...ir.graph import Graph
 from ...runtime.data import Data
 from ...runtime.training import Taps, TrainResult, train
+from ..analyse.recorder import WeightRecorder
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
 from .knowledge import find_places
 from .loss_options import LossOptions
@@ -43,6 +44,10 @@ class Distill(TrainingOptions, LossOptions, Pass):
     semantics: ClassVar[Semantics] = TRAINING
     needs: ClassVar[tuple[str, ...]] = ("train",)
 
+    record: bool | str = False
+    """Record how the filters change over the second half of the epochs, for a later `criterion: statistics`: in this
+    pipeline (`true`), or in a file of this name as well."""
+
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Train the graph's module in place."""
         teacher = context.teacher if context.teacher is not None else context.original.module
@@ -50,6 +55,7 @@ class Distill(TrainingOptions, LossOptions, Pass):
         if self.compares_features:
             taps = find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
         inputs = graph.example_kwargs or graph.example_args
+        recorder = self.recorder(graph.module)
         result = self.teach(
             graph.module,
             teacher,
@@ -59,10 +65,17 @@ class Distill(TrainingOptions, LossOptions, Pass):
             seed=context.seed,
             console=context.console,
             workdir=context.workdir,
+            recorder=recorder,
         )
+        if recorder is not None and recorder.statistics.checkpoints:
+            context.records.statistics = recorder.statistics
         with graph.edit(self.name):
             pass  # the values have changed: the epoch moves on, the history tells
         return PassResult([_note(result)], metrics=_metrics(result))
+
+    def recorder(self, student: nn.Module) -> WeightRecorder | None:
+        """Records the student's filters, if the options want that."""
+        return WeightRecorder(student, skip=self.epochs // 2) if self.record else None
 
     def teach(
         self,
@@ -75,6 +88,7 @@ class Distill(TrainingOptions, LossOptions, Pass):
         seed: int,
         console: Console,
         workdir: Path | None,
+        recorder: WeightRecorder | None = None,
     ) -> TrainResult:
         """Train any student in place.
 
@@ -87,9 +101,11 @@ class Distill(TrainingOptions, LossOptions, Pass):
             seed: of the run.
             console: shows a progress bar if it is a terminal.
             workdir: for checkpoints, from the last of which the run goes on, and the log.
+            recorder: looks at the student after each epoch; one of its own where None and the options want one.
         """
+        recorder = recorder or self.recorder(student)
         log = self.log or (workdir and workdir / "log")
-        return train(
+        result = train(
             student,
             data,
             objective=self.objective(student, teacher, taps, inputs, data, self.epochs, seed),
@@ -97,11 +113,15 @@ class Distill(TrainingOptions, LossOptions, Pass):
             settings=self.train_settings(),
             seed=seed,
             taps=taps,
+            callbacks=[] if recorder is None else [recorder],
             checkpoints=workdir,
             log=Path(log) if log else None,
             console=console,
             title=self.name,
         )
+        if recorder is not None and isinstance(self.record, str):
+            recorder.statistics.save(self.record)
+        return result
 
 
 def _note(result: TrainResult) -> str:
