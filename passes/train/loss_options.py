@@ -104,12 +104,21 @@ class LossOptions(Options):
             return CrossEntropy(smoothing)
         if self.loss == "kd":
             return KnowledgeDistillation(self.temperature, self.alpha, smoothing, standardise=self.standardise)
-        late: dict[str, float] = {"warmup_epochs": warmup_epochs, "label_smoothing": smoothing}
         if self.loss == "dkd":
-            return DecoupledDistillation(self.dkd_alpha, self.dkd_beta, self.temperature, **late)
+            weights = self.dkd_alpha, self.dkd_beta, self.temperature
+            return DecoupledDistillation(*weights, warmup_epochs=warmup_epochs, label_smoothing=smoothing)
         means = None if self.level == "sample" else class_means(teacher, data, self.temperature, seed)
-        kind = (self.form, self.level, self.lam, self.temperature)
-        return ScaleFactor(*kind, alpha=self.alpha, mix=self.mix, class_means=means, **late)
+        return ScaleFactor(
+            self.form,
+            self.level,
+            self.lam,
+            self.temperature,
+            alpha=self.alpha,
+            warmup_epochs=warmup_epochs,
+            label_smoothing=smoothing,
+            mix=self.mix,
+            class_means=means,
+        )
 
 
 def class_means(teacher: nn.Module, data: Data, temperature: float, seed: int) -> Tensor:

@@ -61,10 +61,11 @@ class Learner:
         objective.to(accelerator.device)
         groups = [group for callback in callbacks for group in callback.parameter_groups(student)]
         optimizer = settings.build_optimizer(student, objective, groups)
-        self.teacher = None if teacher is None else self._tap(teacher, taps and taps.teacher)
+        self.teacher = None if teacher is None else self._tap(teacher, None if taps is None else taps.teacher)
         if self.teacher is not None:
             self.teacher.to(accelerator.device).eval()
-        self.model, self.optimizer = accelerator.prepare(self._tap(student, taps and taps.student), optimizer)
+        model = self._tap(student, None if taps is None else taps.student)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = MovingAverage(student, settings.ema) if settings.ema else None
 
     def step(self, batches: Sequence[Batch], seeds: Sequence[int], where: Sequence[str], epoch: float) -> Tensor:

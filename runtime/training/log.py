@@ -38,7 +38,7 @@ class Log:
         # takes a second to import, and only who wants a log waits for it
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def step(self, row: Mapping[str, float]) -> None:
         """Some steps are done; `row` has STEP_COLUMNS."""

@@ -104,7 +104,8 @@ def _carry_out(run: Run, log: Path | None, console: Console | None, title: str) 
     finally:
         if run.log is not None:
             run.log.close()
-    return bar.images_per_second * run.accelerator.num_processes
+    processes: int = run.accelerator.num_processes
+    return bar.images_per_second * processes
 
 
 def _check_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
