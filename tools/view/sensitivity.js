@@ -3,18 +3,19 @@
 /** Root of a mean value: what weighs the scores of a criterion. */
 const influence = (group) => Math.sqrt(Math.max(0, group.values.reduce((sum, value) => sum + value, 0) / group.values.length));
 
-/** 0 for the least, 1 for the greatest of the chart, by their roots: values differ by orders of magnitude. */
-const heat = (value, most) => Math.sqrt(Math.max(0, value) / most);
+/** 0 for none, 1 for the greatest of the chart, by fourth roots: values differ by orders of magnitude. */
+const heat = (value, most) => (Math.max(0, value) / most) ** 0.25;
 
 function sensitivityValue(measure, value) {
   if (measure === "accuracy") return `${(100 * value).toFixed(1)}\u202f%`;
+  if (value < 0.001) return value < 1e-9 ? "0" : value.toExponential(0);
   return value >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(2)));
 }
 
 function sensitivityChart(scan, app) {
   const most = Math.max(1e-12, ...scan.groups.flatMap((group) => group.values));
   const longest = Math.max(1e-12, ...scan.groups.map(influence));
-  const head = html("tr", {}, html("th", {}, "group"), ...scan.ratios.map((ratio) => html("th", { class: "n" }, percent(ratio))), html("th", {}, "influence"));
+  const head = html("tr", {}, html("th", {}, "group"), ...scan.ratios.map((ratio) => html("th", { class: "n" }, percent(ratio))), html("th", { class: "bar" }, "influence"));
   const body = html("tbody");
   for (const group of scan.groups) body.append(sensitivityRow(scan, group, most, longest, app));
   return html("table", { class: "heat" }, html("thead", {}, head), body);
