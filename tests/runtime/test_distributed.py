@@ -15,12 +15,16 @@ from fxpress.runtime.training.feed import make_feed
 from fxpress.runtime.training.share import shared_batches
 from torch.utils.data import DataLoader, TensorDataset
 
+import fxpress
+
 SCRIPT = """
 import os, sys
 from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import fxpress
 import fxpress
 from fxpress.runtime.data import Data
 from fxpress.runtime.training import Callback, KnowledgeDistillation, Taps, TrainSettings, train
@@ -145,3 +149,35 @@ def test_a_batch_that_cannot_be_shared():
     loader = DataLoader(TensorDataset(torch.zeros(9, 1), torch.zeros(9).long()), batch_size=9)
     with pytest.raises(DataError, match=r"batches of 9 cannot be shared by 2 processes\. Take a batch size"):
         make_feed(loader, 0, 0, 2)
+
+
+NETS = """
+import torch
+
+def net(width=8):
+    layers = [torch.nn.Conv2d(1, width, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(36 * width, 10)]
+    return torch.nn.Sequential(*layers), torch.zeros(1, 1, 8, 8)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun(tmp_path):
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "kd.yaml").write_text("passes: [{distill: {epochs: 2, lr: 0.02, loss: scale-factor, ema: 0.9}}]\n")
+    arguments = ["compile", "nets.py:net", "kd.yaml", "--data", "digits", "--teacher", "nets.py:net,width=12"]
+    states, torchrun = {}, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, launch in (("one", []), ("two", torchrun)):
+        command = [*launch, "-m", "fxpress.tools.cli", *arguments, "--out", f"{name}.fxp", "--workdir", name]
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved ") == 1
+        states[name] = fxpress.load(tmp_path / f"{name}.fxp").module.state_dict()
+        assert len(list((tmp_path / name / "01-distill" / "log").glob("events*"))) == 1
+    assert states["one"].keys() == states["two"].keys()
+    # the images are moved at random, by each process for its own
+    same = [
+        torch.nn.functional.cosine_similarity(*(states[n][key].flatten() for n in states), 0) for key in states["one"]
+    ]
+    assert min(same) > 0.9
