@@ -261,11 +261,14 @@ def _pipeline(text: str) -> Pipeline:
 
 def _check_data(pipeline: Pipeline, data: str | None) -> None:
     """Say which option is missing; `compile` itself would speak of Python arguments."""
-    from ..ir.errors import OptionError
+    from ..ir.errors import DataError, OptionError
+    from ..runtime.data import Data
 
-    hungry = [one.name for one in pipeline if one.needed()]
-    if data is None and hungry:
-        raise OptionError(f"pass {hungry[0]!r} needs images", hint=f"Give --data: {DATA_HELP}")
+    for one in pipeline if data is None else ():
+        try:
+            one.check_data(Data())
+        except DataError as error:
+            raise OptionError(f"pass {one.name!r} needs images", hint=f"Give --data: {DATA_HELP}") from error
 
 
 def _check_folder(out: Path) -> None:
