@@ -108,7 +108,8 @@ def compensate(
         after: the network behind the cut; its layers get new tensors.
         loader: calibration data, read once per stage.
         method: `bias` puts the mean of what is missing into a constant (`bias.py`), `least-squares` finds new weights
-            for what is left (`least_squares.py`); layers with too large a Gram matrix get the former.
+            for what is left (`least_squares.py`), from at most `refit.POSITIONS` output positions of each image; layers
+            whose Gram matrix needs more than `refit.MEMORY` get the former.
         sequential: whether least squares goes layer by layer from the front, each learning from inputs as the
             layers before it give them now (so that it makes up for their errors too), which takes a pass over the
             data per layer; otherwise all learn from the inputs before the cut, in one pass.

@@ -77,7 +77,7 @@ def _consumer(cut: Cut, node: fx.Node) -> Consumer | str | None:
     if depthwise or (isinstance(layer, nn.Linear) and dim != rank - 1):
         return None
     if rank < 2 or (isinstance(layer, _ConvNd) and (dim, rank) != (1, len(layer.kernel_size) + 2)):
-        return f"the channels of its input are dimension {dim} of {rank}, without a batch before them"
+        return f"removed channels lie along dimension {dim} of {rank} of its input, which are not the channels it mixes"
     reason = _unfit(cut.groups.graph, node, layer)
     return reason or Consumer(node.name, str(node.target), source.name, inputs, _outputs(cut, node, layer), dim)
 

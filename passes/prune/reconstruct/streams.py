@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ....ir.errors import DataError, ModelError
 from ....ir.graph import Graph
+from ....ir.groups import batch_size
 from ....ir.verify import evaluating
 from ....runtime.data import Inputs, Loader, images_in
 from ....runtime.forward import call, device_of
@@ -20,6 +21,9 @@ from ...analyse.streaming import limited
 
 Tensors = dict[str, Tensor]
 Visit = Callable[[Tensors, Tensors], None]
+
+HELD = 2**26
+"""Numbers that the tensors shown at a time may hold."""
 
 
 def prefix(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
@@ -54,14 +58,16 @@ def stream_pair(
 ) -> None:
     """Run two networks over a loader in evaluation mode, and show `visit` the wanted tensors of both, by name.
 
-    Under `torchrun` each process sees every `world`-th image of a batch, and none of a batch with too few.
+    Batches are cut into parts small enough that the wanted tensors of one part hold at most `HELD` numbers, where the
+    network takes batches of any size. Under `torchrun` each process sees every `world`-th image of a batch, and none
+    of a batch with too few.
 
     Args:
         before: the first network.
         after: the second; takes the same inputs.
         loader: batches of `(inputs, targets)`.
         wanted: names of nodes of the first and of the second network; a network of which none is wanted does not run.
-        visit: called once per batch.
+        visit: called once per part of a batch.
         step: called behind each batch with its number of images.
 
     Raises:
@@ -74,13 +80,28 @@ def stream_pair(
     who = processes()
     with evaluating(before.module), evaluating(after.module):
         for index, inputs in enumerate(limited(loader, "calibration", None)):
-            images = images_in(inputs)
-            if images > who.process_index:
+            if images_in(inputs) > who.process_index:
                 mine = _mine(inputs, who.process_index, who.num_processes, place, dtype)
-                found = [dict(zip(names, _run(network, mine, index), strict=True)) for network, names in networks]
-                _check(found, index)
-                visit(*(found.pop(0) if names else {} for names in wanted))
-            step(images)
+                for part in _parts(mine, before, wanted[0], after, wanted[1]):
+                    found = [dict(zip(names, _run(network, part, index), strict=True)) for network, names in networks]
+                    _check(found, index)
+                    visit(*(found.pop(0) if names else {} for names in wanted))
+            step(images_in(inputs))
+
+
+def _parts(inputs: Inputs, before: Graph, old: Sequence[str], after: Graph, new: Sequence[str]) -> Iterator[Inputs]:
+    """A batch in parts whose wanted tensors fit into memory, judged by the sizes on the example inputs."""
+    images = images_in(inputs)
+    numbers = sum(
+        node.meta["spec"].numel / batch_size(graph)
+        for graph, names in ((before, old), (after, new))
+        for node in graph.nodes
+        if node.name in names
+    )
+    size = max(1, int(HELD / max(numbers, 1))) if before.dynamic_batch else images
+    for start in range(0, images, size):
+        part: Inputs = pytree.tree_map(lambda tensor, start=start: tensor[start : start + size], inputs)
+        yield part
 
 
 def _mine(inputs: Inputs, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> Inputs:
