@@ -72,7 +72,7 @@ def _check(student: Any, teacher: Any, data: Any, workdir: Any, resume: bool, se
         ("workdir", workdir, (str, Path, type(None)), "the path of a directory"),
         ("seed", seed, int, "an integer"),
     ):
-        if not isinstance(value, kind):  # type: ignore[arg-type]
+        if not isinstance(value, kind):
             raise OptionError(f"{name}={brief(value)} is a {type(value).__name__}; allowed: {allowed}")
     if resume and workdir is None:
         raise OptionError("resume=True needs a workdir", hint="Pass workdir=, the directory of the interrupted run.")

@@ -34,12 +34,6 @@ def shared_batches(accelerator: Accelerator, loader: Loader, epoch: int, *, seed
         yield to_device(inputs, accelerator.device), targets.to(accelerator.device)
 
 
-def share_loader(accelerator: Accelerator, loader: Loader) -> Loader:
-    """The loader as it is: `shared_batches` does all."""
-    del accelerator
-    return loader
-
-
 def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
     """Mean of a tensor over the processes."""
     if accelerator.num_processes == 1:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data import Data
 from ..forward import call, device_of, modes_restored
 from .seeds import seeded
-from .share import make_accelerator, mean, share_loader, shared_batches
+from .share import make_accelerator, mean, shared_batches
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def reestimate_norms(module: nn.Module, data: Data, batches: int, *, seed: int =
     if not norms or batches == 0:
         return 0
     accelerator, device, used = make_accelerator(), device_of(module), 0
-    loader = share_loader(accelerator, data.need("train", who="statistics of batch norms"))
+    loader = data.need("train", who="statistics of batch norms")
     momenta = [norm.momentum for norm in norms]
     with seeded(seed), modes_restored(module):
         module.to(accelerator.device).eval()

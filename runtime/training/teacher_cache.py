@@ -16,6 +16,7 @@ from ..data import Inputs, images_in
 from .feed import pick
 
 _KEY_BYTES = 16
+_ENTRY_BYTES = 150  # what a key and its place take in a dictionary, about
 _TRIAL_BATCHES = 8
 _WRONG = "cache_teacher needs inputs that are the same in every epoch"
 _HINT = "Take a loader without random augmentation, or leave cache_teacher out."
@@ -93,7 +94,7 @@ class TeacherCache:
     @property
     def size_bytes(self) -> int:
         """What is kept takes so much."""
-        return 0 if self.values is None else len(self.keys) * (_KEY_BYTES + self._row_bytes())
+        return 0 if self.values is None else len(self.keys) * (_ENTRY_BYTES + self._row_bytes())
 
     @property
     def report(self) -> CacheReport:
@@ -105,7 +106,7 @@ class TeacherCache:
         """Give every process what the others have learned since the last time."""
         fresh = list(self.keys)[self._shared :]
         if accelerator.num_processes > 1:
-            counts = accelerator.gather(torch.tensor([len(fresh)])).tolist()
+            counts = accelerator.gather(torch.tensor([len(fresh)], device=accelerator.device)).tolist()
             if self.values is not None and max(counts):
                 self._merge(accelerator, fresh, counts)
         self._shared = len(self.keys)
@@ -132,7 +133,8 @@ class TeacherCache:
         fresh = list({keys[place]: place for place in reversed(fresh)}.values())[::-1][: self._room()]
         first = len(self.keys)
         if first + len(fresh) > len(self.values):
-            grown = self.values.new_empty((max(2 * len(self.values), first + len(fresh)), *self.values.shape[1:]))
+            size = min(max(2 * first, first + len(fresh)), first + self._room())
+            grown = self.values.new_empty((size, *self.values.shape[1:]))
             grown[:first] = self.values[:first]
             self.values = grown
         self.values[first : first + len(fresh)] = outputs[fresh].to(self.values.dtype)
@@ -154,7 +156,7 @@ class TeacherCache:
             self._add([bytes(key.tolist()) for key in theirs[:count]], values[:count])
 
     def _room(self) -> int:
-        return max(0, self.limit_bytes // (_KEY_BYTES + self._row_bytes()) - len(self.keys))
+        return max(0, self.limit_bytes // (_ENTRY_BYTES + self._row_bytes()) - len(self.keys))
 
     def _row_bytes(self) -> int:
         assert self.values is not None

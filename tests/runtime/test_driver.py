@@ -231,15 +231,15 @@ class TestTeacherCache:
         report = result.teacher_cache
         assert other.teacher_cache is None
         assert (report.images, report.asked, report.hits, report.full) == (40, 40, 120, False)
-        assert report.size_bytes == 40 * (16 + 3 * 4)
+        assert report.size_bytes == 40 * (150 + 3 * 4)
         assert teacher.asked == 40 + 3 * 8  # one batch per later epoch is asked again, to compare
 
     def test_stops_growing_at_its_limit(self):
         teacher = Counting()
-        _, result = self.learn(self.loader(), teacher, cache_limit_bytes=10 * 28 + 27)
+        _, result = self.learn(self.loader(), teacher, cache_limit_bytes=10 * 162 + 161)
         report = result.teacher_cache
         assert (report.images, report.full) == (10, True)
-        assert report.size_bytes <= 10 * 28 + 27
+        assert report.size_bytes == 10 * 162
         assert report.hits == 3 * 10
 
     def test_inputs_that_change_are_an_error(self):
@@ -277,13 +277,13 @@ class TestTeacherCache:
     @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(1, 9))
     @settings(deadline=None, max_examples=30)
     def test_always_the_teachers_answer(self, asked, limit):
-        cache = TeacherCache(limit * (16 + 4))
+        cache = TeacherCache(limit * (150 + 4))
         for numbers in asked:
             inputs = torch.tensor(numbers, dtype=torch.float32)[:, None]
             outputs = cache.ask((inputs, inputs), lambda pair: 2 * pair[0] + pair[1], 0)
             assert torch.equal(outputs, 3 * inputs)
         assert len(cache.keys) == min(limit, len({number for numbers in asked for number in numbers}))
-        again = TeacherCache(limit * (16 + 4))
+        again = TeacherCache(limit * (150 + 4))
         again.load_state_dict(cache.state_dict(), len(cache.keys))
         assert list(again.keys.items()) == list(cache.keys.items())
         assert torch.equal(again.values, cache.values[: len(cache.keys)])
