@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ...ir.cost import measure_cost
 from ...ir.errors import BudgetError
 from ...ir.graph import Graph
+from ...runtime.layers.selection_mask import Alive
 from ...runtime.training import TrainResult, train
 from ...runtime.training.statistics import reestimate_norms
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
@@ -38,9 +39,15 @@ class SelectChannels(TrainingOptions, Pass):
 
     with stage-end attention maps A = Σ_c F_c², which do not depend on the number of channels (or `hint`: features
     behind 1×1 adapters). Forward a channel that is cut is zero, backward it is there: `∂L/∂m_c = Σ ∂L/∂y_c · BN(x)_c`
-    and `∂L/∂BN(x)_c = m_c ∂L/∂y_c` in any case, so that it goes on learning and may return. Each step shrinks the
-    factors of what is on, `m ← sign(m) max(|m| − η λ w, 0)`, with w the MACs that one channel saves through its whole
-    dependency group, over the mean, and λ falling to 0 as the budget is reached.
+    and `∂L/∂BN(x)_c = m_c ∂L/∂y_c` in any case, so that it may return. Each step shrinks the factors of what is on,
+    `m ← sign(m) max(|m| − η λ w, 0)`, with w the MACs that one channel saves through its whole dependency group, over
+    the mean, and λ falling to 0 as the budget is reached.
+
+    What these gradients reach is a choice, `alive`. At an output of exactly zero a ReLU has no slope, so that by
+    default (`sums`) they exist where channels meet in a sum, and a channel alone behind its ReLU does not come back.
+    `factors` and `layers` send them through the ReLU, to the factor alone or also to the layers before it, and then
+    channels do return. In short runs `layers` was worse: what is off trains without an effect that could tell it to
+    stop, and channels change places in hundreds. Try it where there are many epochs.
 
     A channel is on while its importance is at least τ; one that was cut returns at 1.1 τ. Importance is
 
@@ -78,7 +85,7 @@ class SelectChannels(TrainingOptions, Pass):
     label_smoothing: _Share = 0.0
     """Share of a target's probability that is spread over all classes."""
     knowledge_weight: _Weight | None = None
-    """b: weight of `attention` (1000 if not given) or `hint` (100)."""
+    """b: weight of `attention` (1000 if not given) or `hint` (1)."""
     init: Init = "ones"
     """First factors: `ones` leave the network as it is; `normal` |N(1, 0.1)|, `uniform` U(0.5, 1.5), `unit` U(0, 1)."""
     score: Literal["saliency", "magnitude"] = "saliency"
@@ -87,6 +94,8 @@ class SelectChannels(TrainingOptions, Pass):
     """τ meets the falling limits (`budget`), or rises to a tenth of the median importance (`median`): then λ cuts."""
     cut: Literal["soft", "hard"] = "soft"
     """`hard` cuts to the budget at the end of the free phase, for good: what the reversible cut is compared with."""
+    alive: Literal["sums", "factors", "layers"] = "sums"
+    """What of a channel that is off goes on learning: its part in `sums`, its `factors`, or its `layers` too."""
     sparsity: _Weight = 0.5
     """How far the factor of a channel of mean saving shrinks over the ramp if the loss does not care."""
     mask_lr: _Positive = 1.0
@@ -109,7 +118,7 @@ class SelectChannels(TrainingOptions, Pass):
     """Layers, by name or glob pattern, whose output channels all stay."""
     recalibrate: Annotated[int, Field(ge=0)] = 100
     """Batches from which the statistics of batch norms are estimated anew in the end; 0 leaves them."""
-    clip_norm: _Positive | None = 5.0
+    clip_norm: _Positive | None = None
     """Gradients of a larger norm are scaled down to it."""
     keep: Literal["last"] = "last"
     """The last epoch: earlier ones have not been selected to the end."""
@@ -128,8 +137,8 @@ class SelectChannels(TrainingOptions, Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Insert masks, train with the selector, settle."""
-        reversible = self.cut == "soft"
-        masks = place_masks(graph, ignore=self.ignore, init=self.init, reversible=reversible, seed=context.seed)
+        alive: Alive = self.alive if self.cut == "soft" else "none"
+        masks = place_masks(graph, ignore=self.ignore, init=self.init, alive=alive, seed=context.seed)
         limits = self._limits(masks, context)
         teacher = context.teacher if context.teacher is not None else context.original.module
         guidance = self._guidance()

@@ -18,7 +18,7 @@ from ....runtime.training.seeds import seeded
 from ...train.knowledge import find_places
 
 Knowledge = Literal["attention", "hint", "logits", "none"]
-WEIGHTS = {"attention": 1000.0, "hint": 100.0}
+WEIGHTS = {"attention": 1000.0, "hint": 1.0}
 
 
 @dataclass(frozen=True)

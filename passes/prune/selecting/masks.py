@@ -79,7 +79,7 @@ class ClassMasks:
         """Make every cut hard."""
         for layer in self.groups.graph.module.modules():
             if isinstance(layer, SelectionMask):
-                layer.reversible = False
+                layer.alive = "none"
 
     @torch.no_grad()
     def shrink(self, amounts: FloatArray) -> None:

@@ -14,7 +14,7 @@ from ....ir.errors import CutError
 from ....ir.graph import Graph
 from ....ir.groups import Group, Groups, find_groups
 from ....runtime.layers.channel_mask import ChannelMask
-from ....runtime.layers.selection_mask import SelectionMask
+from ....runtime.layers.selection_mask import Alive, SelectionMask
 from ..anchors import NORMS, Anchor, find_anchors
 from ..insert_masks import insert_layers
 from ..selection import BoolArray
@@ -30,7 +30,7 @@ DRAWS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 """First values of n factors: 1, |N(1, 0.1)|, U(0.5, 1.5), U(0, 1)."""
 
 
-def place_masks(graph: Graph, *, ignore: tuple[str, ...], init: Init, reversible: bool, seed: int) -> ClassMasks:
+def place_masks(graph: Graph, *, ignore: tuple[str, ...], init: Init, alive: Alive, seed: int) -> ClassMasks:
     """Put a `SelectionMask` behind every layer whose channels may be cut.
 
     Masks are shared as `insert-masks` shares them: the layers that add to one residual stage have one, a layer inside a
@@ -41,7 +41,7 @@ def place_masks(graph: Graph, *, ignore: tuple[str, ...], init: Init, reversible
         graph: edited.
         ignore: layers, by name or glob pattern, whose channels all stay.
         init: how the factors begin.
-        reversible: see `SelectionMask`.
+        alive: see `SelectionMask`.
         seed: of random factors.
 
     Raises:
@@ -61,7 +61,7 @@ def place_masks(graph: Graph, *, ignore: tuple[str, ...], init: Init, reversible
             hint="`fxpress explain` shows what is pinned; is everything ignored?",
         )
     insert_layers(graph, chosen, np.ones(groups.count), "select-channels")
-    _make_selective(graph, init, reversible, torch.Generator().manual_seed(seed))
+    _make_selective(graph, init, alive, torch.Generator().manual_seed(seed))
     return _by_class(graph, chosen, free)
 
 
@@ -122,13 +122,13 @@ def _free(groups: Groups, needed: list[Anchor], chosen: list[Anchor], ignore: tu
     return free
 
 
-def _make_selective(graph: Graph, init: Init, reversible: bool, generator: torch.Generator) -> None:
+def _make_selective(graph: Graph, init: Init, alive: Alive, generator: torch.Generator) -> None:
     """Turn the new `ChannelMask` layers into `SelectionMask` layers that share factors and cuts as those did."""
     first: dict[int, SelectionMask] = {}
     found = {str(n.target): layer for n in graph.nodes if isinstance(layer := graph.layer(n), ChannelMask)}
     with graph.edit("select-channels"):
         for path, old in found.items():
-            layer = SelectionMask(old.channels, old.dim, reversible)
+            layer = SelectionMask(old.channels, old.dim, alive)
             twin = first.setdefault(id(old.mask), layer)
             if twin is layer:
                 drawn = DRAWS[init](old.channels, generator)

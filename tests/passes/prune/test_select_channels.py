@@ -92,7 +92,7 @@ def cut_to(graph: Graph, trained: Graph) -> float:
     [
         {},
         {"knowledge": "none", "cut": "hard"},
-        {"knowledge": "logits", "score": "magnitude", "init": "normal", "sparsity": 1.0},
+        {"knowledge": "logits", "score": "magnitude", "init": "normal", "sparsity": 1.0, "alive": "factors"},
         {"knowledge": "hint", "init": "uniform", "threshold": "median", "sparsity": 3.0},
         {"epochs": 1, "init": "unit", "places": ["relu_*"], "optimizer": "adamw", "lr": 0.002, "free": 0},
     ],
@@ -134,7 +134,7 @@ def test_the_teacher_stays_and_masks_have_no_weight_decay(trained: Graph) -> Non
     before = {name: value.clone() for name, value in trained.module.state_dict().items()}
     select(trained, epochs=1)
     assert all(torch.equal(value, before[name]) for name, value in trained.module.state_dict().items())
-    masks = place_masks(fxpress.passes.clone.clone_graph(trained), ignore=(), init="ones", reversible=True, seed=0)
+    masks = place_masks(fxpress.passes.clone.clone_graph(trained), ignore=(), init="ones", alive="layers", seed=0)
     selector = Selector(masks, Rules({"macs": 1.0}, lr_scale=3.0), Schedule(1, 0.1, 0.6, 0.2, 1.0))
     (group,) = selector.parameter_groups(nn.Identity())
     assert group["weight_decay"] == 0
@@ -175,10 +175,13 @@ def telling(count: int = 10) -> Data:
     return Data(train=made)
 
 
-@pytest.mark.parametrize(("score", "reversible"), [("saliency", True), ("magnitude", True), ("saliency", False)])
-def test_an_informative_channel_that_was_cut_returns(score: Any, reversible: bool) -> None:
+@pytest.mark.parametrize(
+    ("score", "alive"),
+    [("saliency", "layers"), ("magnitude", "layers"), ("saliency", "factors"), ("saliency", "none")],
+)
+def test_an_informative_channel_that_was_cut_returns(score: Any, alive: Any) -> None:
     graph = informative()
-    masks = place_masks(graph, ignore=(), init="ones", reversible=reversible, seed=0)
+    masks = place_masks(graph, ignore=(), init="ones", alive=alive, seed=0)
     (group,) = masks.eligible
     on = np.ones(masks.groups.count, dtype=bool)
     on[group.classes[[0, 5]]] = False  # the wrong one goes
@@ -186,14 +189,14 @@ def test_an_informative_channel_that_was_cut_returns(score: Any, reversible: boo
     limits = {"macs": masks.groups.cost().macs * 4 / 6}
     selector = Selector(masks, Rules(limits, score, stable=None), Schedule(4, 0.0, 0.01, 0.0, 0.5))
     train(graph.module, telling(), settings=TrainSettings(epochs=4, lr=0.2, keep="last"), callbacks=[selector])
-    assert bool(masks.kept()[group.classes[0]]) is reversible
-    assert (sum(row["returned"] for row in selector.history) > 0) is reversible
+    assert bool(masks.kept()[group.classes[0]]) is (alive != "none")
+    assert (sum(row["returned"] for row in selector.history) > 0) is (alive != "none")
     assert masks.kept()[group.classes].sum() == 4
 
 
 def test_a_channel_that_is_off_goes_on_learning() -> None:
     graph = informative()
-    masks = place_masks(graph, ignore=(), init="ones", reversible=True, seed=0)
+    masks = place_masks(graph, ignore=(), init="ones", alive="layers", seed=0)
     (group,) = masks.eligible
     on = np.ones(masks.groups.count, dtype=bool)
     on[group.classes[0]] = False
@@ -209,7 +212,7 @@ def test_importance_does_not_change_when_a_factor_moves_into_the_norm(trained: G
     found = []
     for factor in (1.0, 0.25):
         graph = fxpress.passes.clone.clone_graph(trained)
-        masks = place_masks(graph, ignore=(), init="ones", reversible=True, seed=0)
+        masks = place_masks(graph, ignore=(), init="ones", alive="layers", seed=0)
         node = next(n for n in graph.nodes if isinstance(graph.layer(n), SelectionMask) and "one" in str(n.target))
         with torch.no_grad():
             graph.layer(node).mask.mul_(factor)  # type: ignore[union-attr]
@@ -246,7 +249,7 @@ def test_stops_when_all_is_settled(trained: Graph) -> None:
 
 def test_does_not_stop_above_the_budget(trained: Graph) -> None:
     graph = fxpress.passes.clone.clone_graph(trained)
-    masks = place_masks(graph, ignore=(), init="ones", reversible=True, seed=0)
+    masks = place_masks(graph, ignore=(), init="ones", alive="layers", seed=0)
     selector = Selector(masks, Rules({"macs": 1.0}, stable=1), Schedule(9, 0.1, 0.6, 0.2, 1.0))
     assert not any(selector.after_epoch(EpochResult(0, 0)) for _ in range(3))
     met = Selector(masks, Rules({"macs": masks.groups.cost().macs}, stable=2), Schedule(9, 0.1, 0.6, 0.2, 1.0))

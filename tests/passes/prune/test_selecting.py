@@ -109,7 +109,7 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Graph:
 
 
 def place(graph: Graph, **options: object) -> ClassMasks:
-    return place_masks(graph, **{"ignore": (), "init": "ones", "reversible": True, "seed": 0, **options})
+    return place_masks(graph, **{"ignore": (), "init": "ones", "alive": "layers", "seed": 0, **options})
 
 
 def behind(graph: Graph) -> dict[str, str]:

@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 from fxpress.ir import dialect
-from fxpress.runtime.layers.selection_mask import LEAK, SelectionMask
+from fxpress.runtime.layers.selection_mask import LEAK, Alive, SelectionMask
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxpress import OptionError
 
-def masked(dim: int = 1, *, reversible: bool = True, dtype: torch.dtype = torch.float64) -> SelectionMask:
-    layer = SelectionMask(4, dim, reversible).to(dtype)
+
+def masked(dim: int = 1, *, alive: Alive = "layers", dtype: torch.dtype = torch.float64) -> SelectionMask:
+    layer = SelectionMask(4, dim, alive).to(dtype)
     with torch.no_grad():
         layer.mask.copy_(torch.tensor([0.5, -2.0, 1.5, 1.0]))
     layer.keep.copy_(torch.tensor([True, True, False, False]))
@@ -29,18 +31,24 @@ def test_the_cut_is_complete_forward() -> None:
     assert torch.equal(masked().eval()(x), expected)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
-    assert torch.equal(masked(reversible=False)(x), expected)
+    assert torch.equal(masked(alive="none")(x), expected)
+    assert torch.equal(masked(alive="sums")(x), expected)
     assert layer.factors.tolist() == [0.5, -2.0, 0.0, 0.0]
     assert layer.cut.tolist() == [False, False, True, True]
 
 
-@given(st.sampled_from([(3, 4), (2, 4, 5), (2, 4, 3, 2)]), st.sampled_from([1, -1]), st.integers(0, 15))
-def test_backward_the_cut_does_not_exist(shape: tuple[int, ...], dim: int, bits: int) -> None:
+@given(
+    st.sampled_from([(3, 4), (2, 4, 5), (2, 4, 3, 2)]),
+    st.sampled_from([1, -1]),
+    st.integers(0, 15),
+    st.sampled_from(["sums", "layers"]),
+)
+def test_backward_the_cut_does_not_exist(shape: tuple[int, ...], dim: int, bits: int, alive: Alive) -> None:
     order = list(shape)
     order[1], order[dim] = order[dim], order[1]
     x = torch.randn(order, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(order, dtype=torch.float64)
-    layer = masked(dim)
+    layer = masked(dim, alive=alive)
     layer.keep.copy_(torch.tensor([bool(bits >> i & 1) for i in range(4)]))
     (layer(x) * weight).sum().backward()
     # autograd on the layer without its switch is the reference
@@ -62,9 +70,32 @@ def test_a_relu_behind_it_lets_gradients_through(dtype: torch.dtype) -> None:
     assert bool((layer.mask.grad != 0).all())
 
 
+def test_factors_alone_may_stay_alive() -> None:
+    x = torch.randn(64, 4, dtype=torch.float64, requires_grad=True)
+    layer = masked(alive="factors")
+    torch.relu(layer(x)).sum().backward()
+    assert bool((x.grad[:, 2:] == 0).all())
+    assert bool((layer.mask.grad != 0).all())
+
+
+def test_without_the_leak_a_relu_lets_nothing_through() -> None:
+    layer = masked(alive="sums")
+    x = torch.randn(64, 4, dtype=torch.float64)
+    torch.relu(layer(x)).sum().backward()
+    assert layer.mask.grad[2:].tolist() == [0, 0]
+    layer.mask.grad = None
+    torch.relu(layer(x) + 1).sum().backward()  # in a sum it does
+    assert bool((layer.mask.grad[2:] != 0).all())
+
+
+def test_what_may_be_alive() -> None:
+    with pytest.raises(OptionError, match="alive is 'all'; allowed: none, sums, factors, layers"):
+        SelectionMask(4, 1, "all")  # type: ignore[arg-type]
+
+
 def test_a_hard_cut_blocks_gradients() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    layer = masked(reversible=False)
+    layer = masked(alive="none")
     layer(x).square().sum().backward()
     assert layer.mask.grad[2:].tolist() == [0, 0]
     assert bool((layer.mask.grad[:2] != 0).all())
@@ -119,11 +150,11 @@ def test_exports() -> None:
 
 
 def test_is_rebuilt_from_its_configuration() -> None:
-    twin = dialect.build("SelectionMask", dialect.config(SelectionMask(5, -1, False)))
+    twin = dialect.build("SelectionMask", dialect.config(SelectionMask(5, -1, "none")))
     assert isinstance(twin, SelectionMask)
-    assert (twin.channels, twin.dim, twin.reversible, twin.keep.dtype) == (5, -1, False, torch.bool)
-    assert repr(masked()) == "SelectionMask(4, dim=1, reversible=True, on=2)"
-    assert repr(twin) == "SelectionMask(5, dim=-1, reversible=False)"
+    assert (twin.channels, twin.dim, twin.alive, twin.keep.dtype) == (5, -1, "none", torch.bool)
+    assert repr(masked()) == "SelectionMask(4, dim=1, alive='layers', on=2)"
+    assert repr(twin) == "SelectionMask(5, dim=-1, alive='none')"
 
 
 def test_wrong_number_of_channels() -> None:
