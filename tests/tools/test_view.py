@@ -17,6 +17,8 @@ from fxpress.ir.cost import measure_cost
 from fxpress.ir.graph import Graph
 from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
+from fxpress.passes.analyse.sensitivity import GroupSensitivity, Sensitivity
+from fxpress.passes.report import Report, Row
 from fxpress.tools.view import build_page
 from fxpress.tools.view.blocks import blocks_of
 from fxpress.tools.view.data import page_data
@@ -146,6 +148,23 @@ def test_why_not(graph: Graph) -> None:
     assert rows["fc"]["groups"] == [blocked["id"]]
     assert rows["x"]["why"]["text"] == "is an input of the network"
     assert all(row["groups"] or row["why"] for row in rows.values() if row["kind"] not in ("size", "param"))
+
+
+def scanned(graph: Graph) -> Report:
+    """A report of a pass that has looked at the sensitivity of a group that is there and of one that went."""
+    name = graph.analyse(find_groups).groups[0].name
+    groups = (GroupSensitivity(name, 8, (2, 4), (0.04, 0.32)), GroupSensitivity("gone", 4, (1, 2), (0.0, 0.02)))
+    row = Row("prune-channels", "lossy", parameters=1, macs=1)
+    row.metrics["sensitivity"] = Sensitivity("kl", 64, None, (0.25, 0.5), groups).to_dict()
+    return Report([Row("trace", "exact", parameters=1, macs=1), row])
+
+
+def test_sensitivity_comes_with_the_groups_that_are_still_there(graph: Graph) -> None:
+    (scan,) = page_data(graph, "net", scanned(graph))["sensitivity"]
+    assert (scan["pass"], scan["measure"], scan["images"], scan["ratios"]) == ("prune-channels", "kl", 64, [0.25, 0.5])
+    assert [group["id"] for group in scan["groups"]] == [0, None]
+    assert scan["groups"][0]["values"] == [0.04, 0.32]
+    assert page_data(graph, "net")["sensitivity"] == []
 
 
 def test_blocks_are_modules_with_two_cards() -> None:
@@ -348,6 +367,30 @@ def test_dark_and_light(browser: Any) -> None:
         browser.click("#theme")
         colours.append(browser.run("getComputedStyle(document.body).backgroundColor"))
     assert colours[0] != colours[1]
+
+
+@needs_chromium
+def test_sensitivity_is_a_heat_map(graph: Graph, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(build_page(graph, "net", scanned(graph)), encoding="utf-8")
+    browser = BROWSER.Browser(tmp_path / "page.html", tmp_path / "profile")
+    try:
+        text = browser.run("document.getElementById('panel').innerText.replaceAll('\\u200b', '')")
+        assert "Sensitivity, before prune-channels" in text
+        assert "on 64 images" in text
+        cells = "[...document.querySelectorAll('.heat td.cell')]"
+        heat = f"{cells}.map((cell) => [cell.innerText, cell.style.getPropertyValue('--heat')])"
+        assert browser.run(heat) == [["0.04", "0.595"], ["0.32", "1.000"], ["0", "0.000"], ["0.02", "0.500"]]
+        bars = "[...document.querySelectorAll('.heat .meter i')]"
+        widths = browser.run(f"{bars}.map((bar) => parseFloat(bar.style.width))")
+        assert widths == pytest.approx([100, 100 * (0.01 / 0.18) ** 0.5], rel=1e-3)
+        cells = "[...document.querySelectorAll('.heat td')].every((cell) => cell.scrollWidth <= cell.clientWidth + 1)"
+        assert browser.run(cells)  # nothing is cut off
+        browser.click(".heat tr[data-group] td")
+        assert browser.run("document.querySelector('#panel h3').innerText").startswith("Group ")
+        assert browser.run("document.querySelectorAll('.row.member').length") > 0
+        assert browser.errors() == []
+    finally:
+        browser.close()
 
 
 @needs_chromium

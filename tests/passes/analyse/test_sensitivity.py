@@ -176,10 +176,8 @@ def test_the_report_draws_it() -> None:
     rows[1].metrics["sensitivity"] = scan(0.16, 0.01).to_dict()
     text = str(Report(rows)).splitlines()
     title = next(i for i, line in enumerate(text) if "KL to the original" in line)
-    assert (
-        text[title]
-        == "prune-channels: KL to the original in nats when a share of one group alone is masked, 100 images"
-    )
+    what = "KL to the original in nats when a share of one group alone is masked, 100 images"
+    assert text[title] == f"prune-channels: {what}"
     assert text[title + 1].split() == ["group", "channels", "50%", "masked", "influence", "on", "the", "whole"]
     assert text[title + 2].split() == ["one", "4", "0.16", "█" * 16]
     assert text[title + 3].split() == ["two", "4", "0.01", "█" * 4]
@@ -195,11 +193,9 @@ def test_what_is_no_scan_is_not_drawn(content: object) -> None:
 def test_many_groups_are_shortened() -> None:
     groups = tuple(GroupSensitivity(f"layer{i}", 4, (2,), (i / 100,)) for i in range(100))
     table = sensitivity_table(Sensitivity("kl", 10, None, (0.5,), groups))
-    names = list(table.columns[0].cells)
-    assert len(names) == 41
-    assert str(names[0]) == "layer0"
-    assert str(names[-2:]) == str([type(names[0])("layer99"), names[-1]])
-    assert str(names[-1]) == "... and 60 between"
+    names = [str(cell) for cell in table.columns[0].cells]
+    ends = [*range(20), *range(80, 100)]
+    assert names == [*(f"layer{i}" for i in ends), "... and 60 between"]
 
 
 @pytest.mark.parametrize(("share", "text"), [(0, ""), (1, "████"), (0.5, "██"), (1 / 32, "▏"), (2, "████"), (-1, "")])
