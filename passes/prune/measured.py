@@ -191,14 +191,15 @@ class LatencyMeter(Meter):
     def __init__(self, groups: Groups, limit: float, reference: Graph, inputs: Inputs, *, absolute: bool) -> None:
         super().__init__(groups, limit, 1.0)
         self.reference, self.inputs, self.absolute = reference, inputs, absolute
-        self.rounds, self.last = ROUNDS, None
+        self.rounds = ROUNDS
+        self.last: Latency | None = None
 
     def measure(self, candidate: Graph) -> float:
         """Ratio to the original, or milliseconds."""
-        self.last: Latency | None = latency_ratio(candidate, self.reference, self.inputs, rounds=self.rounds)
+        found = self.last = latency_ratio(candidate, self.reference, self.inputs, rounds=self.rounds)
         if self.absolute:
-            self.original = self.last.reference_ms
-        return self.last.candidate_ms if self.absolute else self.last.ratio
+            self.original = found.reference_ms
+        return found.candidate_ms if self.absolute else found.ratio
 
     def show(self, value: float) -> str:
         """Milliseconds, or the ratio."""

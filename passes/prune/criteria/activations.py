@@ -51,4 +51,5 @@ def entropy(pooled: Tensor) -> Tensor:
     place = (values - low) / torch.where(high > low, high - low, 1) * BINS
     bins = torch.zeros(len(values), BINS, dtype=torch.float64)
     bins.scatter_add_(1, place.long().clamp(max=BINS - 1), torch.ones_like(values))
-    return torch.special.entr(bins / values.shape[1]).sum(1)
+    nats: Tensor = torch.special.entr(bins / values.shape[1]).sum(1)
+    return nats

@@ -68,13 +68,17 @@ def _per_class(classes: IntArray, values: FloatArray) -> tuple[IntArray, FloatAr
 
 
 def _comparable(values: FloatArray, scale: Scale) -> FloatArray:
+    divisor = 1.0
     if scale == "mean":
-        return values / max(values.mean(), _TINY)
-    return values / max(float(np.linalg.norm(values)), _TINY) if scale == "norm" else values
+        divisor = float(values.mean())
+    elif scale == "norm":
+        divisor = float(np.linalg.norm(values))
+    result: FloatArray = values / max(divisor, _TINY)
+    return result
 
 
 def _standardised(groups: Groups, scores: FloatArray) -> FloatArray:
-    result = scores.copy()
+    result: FloatArray = scores.copy()
     for group in groups.groups:
         own = group.classes[np.isfinite(scores[group.classes])]
         if len(own):

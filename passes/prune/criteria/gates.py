@@ -37,7 +37,7 @@ class GatedNetwork(fx.Interpreter):
     def run_gated(self, leaves: list[Any], gates: Tensor) -> Any:
         """Output for flat inputs; gates (images, classes) multiply the channels of each image."""
         self._gates = gates
-        return self.module.graph.process_outputs(self.run(*leaves, enable_io_processing=False))
+        return self.graph.process_outputs(self.run(*leaves, enable_io_processing=False))
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Arguments of a node, gated if the node mixes channels."""

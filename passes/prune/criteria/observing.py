@@ -45,7 +45,8 @@ def responses(graph: Graph, groups: Groups, source: Source) -> list[Member]:
     def norm(name: str, x: Tensor) -> Tensor:
         bias = biases[name]
         x = x.float() if bias is None else x.float() - bias.detach().float()[:, None]
-        return torch.linalg.vector_norm(x, dim=2)
+        norms: Tensor = torch.linalg.vector_norm(x, dim=2)
+        return norms
 
     return _observe(graph, places, source, norm)
 

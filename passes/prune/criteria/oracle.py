@@ -86,8 +86,8 @@ def rank_correlation(
     rows = []
     for criterion in criteria:
         scores = score_classes(graph, groups, criterion, source=source)
-        figures = [rho for true in (changes, np.abs(changes)) for rho in _correlate(groups, scores, true)]
-        rows.append(RankCorrelation(criterion, *figures, int(np.isfinite(changes).sum())))
+        signed, absolute = (_correlate(groups, scores, true) for true in (changes, np.abs(changes)))
+        rows.append(RankCorrelation(criterion, *signed, *absolute, int(np.isfinite(changes).sum())))
     return rows
 
 

@@ -42,4 +42,5 @@ def obs(slopes: Tensor) -> Tensor:
     fisher = slopes @ slopes.T / slopes.shape[1]
     damping = DAMPING * fisher.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     inverse = torch.linalg.inv(fisher + damping * torch.eye(len(fisher), dtype=torch.float64))
-    return 0.5 * (1 / inverse.diagonal() - damping).clamp(min=0)
+    cost: Tensor = 0.5 * (1 / inverse.diagonal() - damping).clamp(min=0)
+    return cost
