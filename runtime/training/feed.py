@@ -87,7 +87,8 @@ class Feed:
     def _read(self, iterator: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:
         index = 0
         while True:
-            seed_all(seed_of(self.seed, "batch", epoch, index, self.rank))
+            # every process reads the whole batch, and it must be the same one
+            seed_all(seed_of(self.seed, "batch", epoch, index, 0))
             try:
                 self._last = next(iterator)
             except StopIteration:

@@ -145,6 +145,18 @@ def test_a_batch_is_shared_evenly_and_wholly(world, kind):
     assert set().union(*shares) == set(range(7))
 
 
+def test_processes_share_one_batch_also_where_it_is_random():
+    class Noise:
+        def __iter__(self):
+            return ((torch.randn(4, 2), torch.zeros(4).long()) for _ in range(3))
+
+    def read(rank, world):
+        return [inputs for inputs, _ in make_feed(Noise(), 5, rank, world).epoch(1)]
+
+    for whole, one, two in zip(read(0, 1), read(0, 2), read(1, 2), strict=True):
+        assert torch.equal(torch.stack([one, two], 1).flatten(0, 1), whole)
+
+
 def test_a_batch_that_cannot_be_shared():
     loader = DataLoader(TensorDataset(torch.zeros(9, 1), torch.zeros(9).long()), batch_size=9)
     with pytest.raises(DataError, match=r"batches of 9 cannot be shared by 2 processes\. Take a batch size"):
