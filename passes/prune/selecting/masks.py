@@ -43,7 +43,8 @@ class ClassMasks:
 
     def magnitudes(self) -> FloatArray:
         """Mean |m| over the places that hold a class, shape (count,)."""
-        return self._sums([layer.mask.detach().abs() for layer in self.layers]) / self._places
+        mean: FloatArray = self._sums([layer.mask.detach().abs() for layer in self.layers]) / self._places
+        return mean
 
     def influences(self) -> FloatArray:
         """Σ m ∂L/∂m over the places of a class: the slope of the loss along a common factor on all of it, (count,)."""
