@@ -74,7 +74,8 @@ class Scoring:
         if not self.history and not describes(recorded, graph):
             notes.append("what was recorded is of other widths and not used: statistics of the present weights")
             return source
-        notes.append(f"statistics over {recorded.checkpoints} checkpoints")
+        plural = "s" if recorded.checkpoints > 1 else ""
+        notes.append(f"statistics over {recorded.checkpoints} checkpoint{plural}")
         return replace(source, recorded=recorded)
 
     def _weigh(self, graph: Graph, groups: Groups, eligible: Sequence[Group], source: Source, found: Scored) -> None:

@@ -13,6 +13,7 @@ from fxpress.ir.graph import Graph
 from fxpress.ir.groups import find_groups
 from fxpress.passes.analyse.over_time import time_statistics
 from fxpress.passes.base import Context
+from fxpress.passes.pipeline import Pipeline
 from fxpress.passes.prune.criteria import Source, score_classes
 from fxpress.passes.prune.prune_channels import PruneChannels
 from fxpress.passes.records import Records
@@ -152,3 +153,16 @@ def test_every_criterion_prunes(graph: Graph, batches: Any, criterion: str) -> N
     assert result.distance is not None
     assert result.distance < 1e-4
     assert result.metrics["macs"] <= 0.6 * find_groups(original).cost().macs
+
+
+def test_the_pipeline_that_comes_with_it(graph: Graph, batches: Any, repository: Path) -> None:
+    """What `distill` records is what `prune-channels` uses, and the budget is met; with fewer epochs."""
+    passes = [
+        {one.name: one.settings() | ({"epochs": 4} if one.name == "distill" else {})}
+        for one in Pipeline.load(repository / "passes/pipelines/statistics.yaml")
+    ]
+    compiled = compile_network(graph, passes, None, data=Data(train=batches, val=batches, calibration=batches))
+    first, _, pruned, *_ = compiled.report.rows
+    assert [row.name for row in compiled.report.rows] == ["trace", "distill", "prune-channels", "distill", "emit"]
+    assert "statistics over 2 checkpoints" in pruned.notes
+    assert pruned.macs <= 0.5 * first.macs
