@@ -28,7 +28,7 @@ class RecordedTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`(N, C, H, W)` → `(N, classes)`, float32."""
-        key = hashlib.sha256(memoryview(images.contiguous().numpy()).cast("B")).hexdigest()
+        key = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         if key not in self.record:
             with torch.no_grad():
                 self.record[key] = self.teacher(images).float().clone()

@@ -108,7 +108,7 @@ def _prune(traced: Graph, norms: str, facts: dict[str, Any]) -> Pruned:
     result = prune.run(graph, context)
     facts |= {"distance": result.distance, "norms": norms}
     groups = find_groups(traced, norms=norms)
-    kept, _ = prune._choose(traced, groups, groups.groups, context)
+    kept = prune._choose(traced, groups, groups.groups, context).kept
     return Pruned(graph, traced, Cut(groups, np.flatnonzero(~kept)))
 
 
