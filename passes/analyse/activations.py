@@ -103,7 +103,7 @@ class ChannelAccumulator:
     def add(self, tensor: Tensor) -> None:
         """Look at a tensor `(N, ...)` of any precision."""
         per_image = max(1, tensor[0].numel())
-        for part in tensor.detach().split(max(1, _AT_ONCE // per_image)):
+        for part in torch.split(tensor.detach(), max(1, _AT_ONCE // per_image)):
             self._add(part.double().movedim(self.dim, 1).flatten(2) if part.ndim > 2 else part.double()[..., None])
 
     def _add(self, x: Tensor) -> None:

@@ -78,7 +78,8 @@ class Histogram:
     def edges(self, channel: int) -> FloatArray:
         """Edges of one channel's bins, (bins + 1,), rising."""
         numbers = np.arange(self.bins + 1) + int(self.first[channel])
-        return numbers * self.widths()[channel]
+        edges: FloatArray = numbers * self.widths()[channel]
+        return edges
 
     def entropy(self) -> FloatArray:
         """−Σ_b p_b log p_b of each channel in nats, (channels,).
