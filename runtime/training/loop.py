@@ -15,6 +15,7 @@ from torch import nn
 from ...ir.errors import DataError, OptionError
 from ..data import Data
 from ..forward import device_of, modes_restored
+from .batch_norms import shared_statistics
 from .callbacks import Callback
 from .checkpoint import Checkpoints, describe, options_of
 from .features import Taps
@@ -84,7 +85,8 @@ def train(
         learner = Learner(student, objective, helper, settings, make_accelerator(), callbacks, taps)
         try:
             run = Run(learner, loader, data.val if settings.keep == "best" else None, seed, callbacks, store)
-            rate = _carry_out(run, log, console, title)
+            with shared_statistics(learner.accelerator, student):
+                rate = _carry_out(run, log, console, title)
         finally:
             student.to(device)
     seconds = time.perf_counter() - start

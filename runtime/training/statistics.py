@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import Data
 from ..forward import call, device_of, modes_restored
+from .batch_norms import shared_statistics
 from .seeds import seeded
-from .share import make_accelerator, mean, shared_batches
+from .share import make_accelerator, shared_batches
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def reestimate_norms(module: nn.Module, data: Data, batches: int, *, seed: int =
 
     While a network is trained and cut they are moving means of what it has been. Each batch is normalised by itself, as
     in training; everything else is in evaluation mode. Under `torchrun` each process takes its share of every batch,
-    and the means over processes are kept.
+    and the statistics are those of the whole batch.
 
     Source: Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.1.
 
@@ -45,13 +46,11 @@ def reestimate_norms(module: nn.Module, data: Data, batches: int, *, seed: int =
             norm.train()
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative mean
-        for inputs, _ in islice(shared_batches(accelerator, loader, 0), batches):
-            call(module, inputs)
-            used += 1
+        with shared_statistics(accelerator, module):
+            for inputs, _ in islice(shared_batches(accelerator, loader, 0), batches):
+                call(module, inputs)
+                used += 1
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        for statistic in (norm.running_mean, norm.running_var):
-            assert statistic is not None
-            statistic.copy_(mean(accelerator, statistic))
     module.to(device)
     return used

@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxpress
-import fxpress
 from fxpress.runtime.data import Data
 from fxpress.runtime.training import Callback, KnowledgeDistillation, Taps, TrainSettings, train
 from fxpress.runtime.training.losses import Hint, Sum
@@ -39,6 +38,13 @@ seen = []
 def network(seed, width=8):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+def normed():
+    # convolutions with batch norm, one without factors, one with a cumulative mean
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+                         nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(24, 3), nn.BatchNorm1d(3, momentum=None))
 
 def learn(name, loader, objective=None, taps=None, callbacks=(), student=None, **options):
     student = student or network(1)
@@ -69,6 +75,7 @@ learn("ragged", loader(shuffle=True, generator=torch.Generator().manual_seed(1))
 torch.manual_seed(3)
 hints = Sum([KnowledgeDistillation(), Hint([8], [6], 1.0)])
 learn("hint", loader(shuffle=True), hints, Taps(["1"], ["1"]), clip_norm=None)
+learn("norms", loader(shuffle=True), KnowledgeDistillation(), student=normed())
 learn("cached", loader(shuffle=True), KnowledgeDistillation(), cache_teacher=True, epochs=4)
 try:
     learn("resumed", loader(shuffle=True), KnowledgeDistillation(), callbacks=[Break()], ema=0.5, checkpoint_every=1)
