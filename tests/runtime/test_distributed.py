@@ -42,9 +42,9 @@ def network(seed, width=8):
 def normed():
     # convolutions with batch norm, one without factors, one with a cumulative mean
     torch.manual_seed(4)
-    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
-                         nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(24, 3), nn.BatchNorm1d(3, momentum=None))
+    first = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+    second = [nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*first, *second, nn.Linear(24, 3), nn.BatchNorm1d(3, momentum=None))
 
 def learn(name, loader, objective=None, taps=None, callbacks=(), student=None, **options):
     student = student or network(1)
