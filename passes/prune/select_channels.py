@@ -46,7 +46,7 @@ class SelectChannels(TrainingOptions, Pass):
     What these gradients reach is a choice, `alive`. At an output of exactly zero a ReLU has no slope, so that by
     default (`sums`) they exist where channels meet in a sum, and a channel alone behind its ReLU does not come back.
     `factors` and `layers` send them through the ReLU, to the factor alone or also to the layers before it, and then
-    channels do return. In short runs `layers` was worse: what is off trains without an effect that could tell it to
+    channels do return. In short runs both were worse: what is off trains without an effect that could tell it to
     stop, and channels change places in hundreds. Try it where there are many epochs.
 
     A channel is on while its importance is at least τ; one that was cut returns at 1.1 τ. Importance is
