@@ -43,17 +43,17 @@ class SelectChannels(TrainingOptions, Pass):
     `m ← sign(m) max(|m| − η λ w, 0)`, with w the MACs that one channel saves through its whole dependency group, over
     the mean, and λ falling to 0 as the budget is reached.
 
-    What these gradients reach is a choice, `alive`. At an output of exactly zero a ReLU has no slope, so that by
-    default (`sums`) they exist where channels meet in a sum, and a channel alone behind its ReLU does not come back.
-    `factors` and `layers` send them through the ReLU, to the factor alone or also to the layers before it, and then
-    channels do return. In short runs both were worse: what is off trains without an effect that could tell it to
-    stop, and channels change places in hundreds. Try it where there are many epochs.
+    What these gradients reach is a choice, `alive`, as a ReLU has no slope at an output of exactly zero. By default
+    (`factors`) they go through it to the factor of a channel that is off, so that it feels what the loss would gain by
+    its return, while the layers before learn from what is on. `layers` is the formula to the letter: what is off trains
+    without an effect that could tell it to stop, which ruins short runs. With `sums` they exist only where channels
+    meet in a sum before the ReLU; a channel alone behind its own does not come back.
 
     A channel is on while its importance is at least τ; one that was cut returns at 1.1 τ. Importance is
 
         `saliency`    √( E[(m_c ∂L/∂m_c)²] / w_c ), a mean over steps that fades by 1 % each: the squared first-order
                       change of the loss if the channel went, per MAC saved; it does not change when a factor moves from
-                      m into γ
+                      m into γ. Of a channel that is off, max(0, −E[m_c ∂L/∂m_c]) / √w_c: what the loss would gain
         `magnitude`   |m_c|
 
     and τ is what meets the limits by bisection. They fall from the present cost to the budget along a cubic, from the
@@ -94,7 +94,7 @@ class SelectChannels(TrainingOptions, Pass):
     """τ meets the falling limits (`budget`), or rises to a tenth of the median importance (`median`): then λ cuts."""
     cut: Literal["soft", "hard"] = "soft"
     """`hard` cuts to the budget at the end of the free phase, for good: what the reversible cut is compared with."""
-    alive: Literal["sums", "factors", "layers"] = "sums"
+    alive: Literal["sums", "factors", "layers"] = "factors"
     """What of a channel that is off goes on learning: its part in `sums`, its `factors`, or its `layers` too."""
     sparsity: _Weight = 0.5
     """How far the factor of a channel of mean saving shrinks over the ramp if the loss does not care."""

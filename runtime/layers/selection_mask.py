@@ -47,7 +47,7 @@ class SelectionMask(ChannelMask):
     keep: Tensor
     """Which channels are on, bool `(C,)`; a buffer, set from outside."""
 
-    def __init__(self, channels: int, dim: int = 1, alive: Alive = "sums") -> None:
+    def __init__(self, channels: int, dim: int = 1, alive: Alive = "factors") -> None:
         super().__init__(channels, dim)
         if alive not in ALIVE:
             raise OptionError(f"alive is {alive!r}; allowed: {', '.join(ALIVE)}")

@@ -66,6 +66,7 @@ class Selector(Callback):
         self.kept: BoolArray = self.masks.kept()
         self.weights = savings(self.masks, self.kept, list(self.rules.limits))
         self.squares: FloatArray = np.zeros(groups.count)
+        self.slopes: FloatArray = np.zeros(groups.count)
         self.seen, self.gain, self.lam, self.tau = 0.0, 1.0, 0.0, 0.0
         self.ticks, self.progress, self.settled, self.unchanged = 0, 0.0, False, 0
         self.cut, self.returned, self.moved = 0, 0, False
@@ -80,7 +81,9 @@ class Selector(Callback):
     def after_step(self, lr: float, epoch: float) -> None:
         """Note the influences, shrink, and re-evaluate the threshold where that is due."""
         before, self.progress = self.progress, self.schedule.progress(epoch)
-        self.squares = MEMORY * self.squares + (1 - MEMORY) * self.masks.influences() ** 2
+        influences = self.masks.influences()
+        self.squares = MEMORY * self.squares + (1 - MEMORY) * influences**2
+        self.slopes = MEMORY * self.slopes + (1 - MEMORY) * influences
         self.seen = MEMORY * self.seen + 1 - MEMORY
         if self.settled:
             return
@@ -112,14 +115,15 @@ class Selector(Callback):
         """All that decisions depend on; factors and switches are in the network."""
         state = {name: getattr(self, name) for name in self._SCALARS}
         return {**state, "history": self.history, "squares": torch.from_numpy(self.squares),
-                "kept": torch.from_numpy(self.kept), "weights": torch.from_numpy(self.weights)}  # fmt: skip
+                "slopes": torch.from_numpy(self.slopes), "kept": torch.from_numpy(self.kept), "weights": torch.from_numpy(self.weights)}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a run."""
         for name in self._SCALARS:
             setattr(self, name, state[name])
         self.history = list(state["history"])
-        self.squares, self.kept, self.weights = (state[name].numpy() for name in ("squares", "kept", "weights"))
+        for name in ("squares", "slopes", "kept", "weights"):
+            setattr(self, name, state[name].numpy())
         self.masks.switch(self.kept)
         if self.settled:
             self._settle()
@@ -132,8 +136,11 @@ class Selector(Callback):
         """Importance of every class, shape (count,): see `SelectChannels`."""
         if self.rules.score == "magnitude":
             return self.masks.magnitudes()
-        mean = self.squares / max(self.seen, 1e-12)
-        importance: FloatArray = np.sqrt(mean / np.maximum(self.weights, 1e-12))
+        seen = max(self.seen, 1e-12)
+        # of what is off only the part that would lower the loss counts: without it the rest of the network is not at
+        # rest, and the mere size of its slopes would bring everything back in turn
+        change = np.where(self.kept, np.sqrt(self.squares / seen), np.maximum(-self.slopes / seen, 0))
+        importance: FloatArray = change / np.sqrt(np.maximum(self.weights, 1e-12))
         return importance
 
     def evaluate(self) -> None:
