@@ -210,7 +210,7 @@ def test_passes_and_schema(run: Run) -> None:
     assert "budget" in listed
     one = run("passes", "prune-channels").stdout
     assert "round_to" in one
-    assert "distill" not in one
+    assert "fold-batchnorm" not in one
     assert json.loads(run("schema").stdout) == fxpress.Pipeline.schema()
     assert run("schema", "--out", "s.json").stdout == ""
     assert json.loads(Path("s.json").read_text()) == fxpress.Pipeline.schema()
