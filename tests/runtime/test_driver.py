@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
-import time
 import io
+import time
 
 import numpy as np
 import pytest
