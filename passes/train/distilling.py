@@ -17,7 +17,7 @@ from ...runtime.training.share import make_accelerator
 from ..options import brief
 from ..progress import make_console
 from .distill import Distill
-from .knowledge import _named, find_places
+from .knowledge import find_places, named_places
 from .module_paths import output_paths
 
 
@@ -97,7 +97,7 @@ def _places(one: Distill, student: nn.Module, teacher: nn.Module, inputs: Any) -
     if one.places is not None and not isinstance(student, fx.GraphModule):
         # named: nothing is to be found, and a network that cannot be traced may be trained all the same
         wanted = one.teacher_places if one.teacher_places is not None else one.places
-        return Taps(_named(student, one.places), _named(teacher, wanted))
+        return Taps(named_places(student, one.places), named_places(teacher, wanted))
     graph = trace(student, inputs)
     taps = find_places(graph, teacher, inputs, places=one.places, teacher_places=one.teacher_places)
     nodes = [find_node(graph.module.graph, place) for place in taps.student]

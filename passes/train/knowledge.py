@@ -60,7 +60,7 @@ def find_places(
     module = teacher.module if isinstance(teacher, Graph) else teacher
     if places is not None:
         wanted = teacher_places if teacher_places is not None else places
-        return Taps(_named(graph.module, places), _named(module, wanted))
+        return Taps(named_places(graph.module, places), named_places(module, wanted))
     if teacher_places is not None:
         raise OptionError("places are named in the teacher and not in the student", hint=_HINT)
     other = _as_graph(teacher, graph, inputs)
@@ -132,7 +132,7 @@ def _as_graph(teacher: Graph | nn.Module, student: Graph, inputs: Any) -> Graph:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def _named(module: nn.Module, patterns: Sequence[str]) -> list[str]:
+def named_places(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Places that the patterns match, in the order of the patterns and of execution, each once."""
     found: dict[str, None] = {}
     for pattern in patterns:
