@@ -114,20 +114,21 @@ class Selector(Callback):
     def state_dict(self) -> dict[str, Any]:
         """All that decisions depend on; factors and switches are in the network."""
         state = {name: getattr(self, name) for name in self._SCALARS}
-        return {**state, "history": self.history, "squares": torch.from_numpy(self.squares),
-                "slopes": torch.from_numpy(self.slopes), "kept": torch.from_numpy(self.kept), "weights": torch.from_numpy(self.weights)}  # fmt: skip
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in self._ARRAYS}
+        return {**state, **arrays, "history": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a run."""
         for name in self._SCALARS:
             setattr(self, name, state[name])
         self.history = list(state["history"])
-        for name in ("squares", "slopes", "kept", "weights"):
+        for name in self._ARRAYS:
             setattr(self, name, state[name].numpy())
         self.masks.switch(self.kept)
         if self.settled:
             self._settle()
 
+    _ARRAYS = ("squares", "slopes", "kept", "weights")
     _SCALARS = ("seen", "gain", "lam", "tau", "ticks", "progress", "settled", "unchanged", "cut", "returned", "moved")
 
     # -- decisions -----------------------------------------------------------------------------------------------
