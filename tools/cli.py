@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..ir.graph import Graph
+    from ..passes.base import Pass
     from ..passes.pipeline import Pipeline
     from ..runtime.data import Data
     from .models import LoadedModel
@@ -261,14 +262,19 @@ def _pipeline(text: str) -> Pipeline:
 
 def _check_data(pipeline: Pipeline, data: str | None) -> None:
     """Say which option is missing; `compile` itself would speak of Python arguments."""
+    if data is None:
+        for one in pipeline:
+            _check_without_data(one)
+
+
+def _check_without_data(one: Pass) -> None:
     from ..ir.errors import DataError, OptionError
     from ..runtime.data import Data
 
-    for one in pipeline if data is None else ():
-        try:
-            one.check_data(Data())
-        except DataError as error:
-            raise OptionError(f"pass {one.name!r} needs images", hint=f"Give --data: {DATA_HELP}") from error
+    try:
+        one.check_data(Data())
+    except DataError as error:
+        raise OptionError(f"pass {one.name!r} needs images", hint=f"Give --data: {DATA_HELP}") from error
 
 
 def _check_folder(out: Path) -> None:
