@@ -44,15 +44,21 @@ def _forward(layer: _BatchNorm, x: Tensor) -> Tensor:
         return y
     others = [d for d in range(x.dim()) if d != 1]
     precise, shape = x if x.dtype == torch.float64 else x.float(), [-1 if d == 1 else 1 for d in range(x.dim())]
-    count = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device))
-    mean = all_reduce(precise.sum(others, dtype=torch.float64)) / count
+    count = _total(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device))
+    mean = _total(precise.sum(others, dtype=torch.float64)) / count
     centred = precise - mean.to(precise).reshape(shape)
-    variance = all_reduce(centred.square().sum(others, dtype=torch.float64)) / count
+    variance = _total(centred.square().sum(others, dtype=torch.float64)) / count
     _remember(layer, mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
     y = centred * torch.rsqrt(variance + layer.eps).to(precise).reshape(shape)
     if layer.affine:
         y = y * layer.weight.to(precise).reshape(shape) + layer.bias.to(precise).reshape(shape)
     return y.to(x.dtype)
+
+
+def _total(value: Tensor) -> Tensor:
+    """Sum over the processes, with its gradient."""
+    total: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 @torch.no_grad()
