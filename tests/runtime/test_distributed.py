@@ -103,7 +103,6 @@ def run_script(folder: Path, processes: int) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
     (alone,) = run_script(tmp_path / "one", 1)
     first, second = run_script(tmp_path / "two", 2)
