@@ -98,9 +98,13 @@ def correlation_page(protocol: Protocol, found: list[Facts], head: Row) -> str:
 def _framed(protocol: Protocol, head: Row, parts: list[str]) -> str:
     images = protocol.images
     what = f"Images: {LABELS[images.data]}, {images.train or 'all'} for training, {images.test or 'all'} for testing."
-    facts = "\n".join(f"- {key}: {value}" for key, value in head.value.items())
+    facts = "\n".join(f"- {key}: {_words(value)}" for key, value in head.value.items())
     parts = [f"# {protocol.heading}", what, protocol.note.strip(), *parts, "## Measured with", facts]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def grid(lines: list[list[str]]) -> str:
@@ -141,6 +145,5 @@ _COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
     "against the base": _against_base,
     "ratio error": _share("ratio_error"),
     "ratio rank": _share("ratio_rank"),
-    "seconds": lambda facts, _: f"{mean(facts, 'seconds'):.0f}" if facts[0].get("seconds") else "",
     "seeds": lambda facts, _: str(len(facts)),
 }
