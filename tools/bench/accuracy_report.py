@@ -11,10 +11,10 @@ from .accuracy_protocol import BASE, Goal, Protocol
 from .common import Row, pretty
 
 _CORRELATIONS = {
-    "within": "within a layer",
-    "overall": "all channels",
-    "within_abs": "within a layer, size of the change",
     "overall_abs": "all channels, size of the change",
+    "within_abs": "within a layer, size of the change",
+    "overall": "all channels",
+    "within": "within a layer",
 }
 Facts = dict[str, Any]
 Records = dict[str, list[Facts]]
@@ -83,13 +83,13 @@ def page(protocol: Protocol, records: Records, head: Row, goals: list[Row]) -> s
 
 def correlation_rows(found: list[Facts]) -> list[Row]:
     """Spearman's rho of each criterion with the change of the loss, best first."""
-    best = sorted(found, key=lambda fact: -fact["within"])
+    best = sorted(found, key=lambda fact: -fact["overall_abs"])
     return [Row(fact["criterion"], metric, fact[metric], "Spearman") for fact in best for metric in _CORRELATIONS]
 
 
 def correlation_page(protocol: Protocol, found: list[Facts], head: Row) -> str:
     """The same as Markdown."""
-    best = sorted(found, key=lambda fact: -fact["within"])
+    best = sorted(found, key=lambda fact: -fact["overall_abs"])
     lines = [["criterion", *_CORRELATIONS.values()]]
     lines += [[fact["criterion"], *(f"{fact[metric]:+.3f}" for metric in _CORRELATIONS)] for fact in best]
     return _framed(protocol, head, [grid(lines), f"{found[0]['classes']} channels."])
