@@ -8,6 +8,7 @@ import pytest
 import torch
 from fxpress.ir.errors import DataError, OptionError
 from fxpress.tools.bench import accuracy, accuracy_data, accuracy_run
+from fxpress.tools.bench.accuracy_latency import measure_latency, read_latency
 from fxpress.tools.bench.accuracy_networks import build_network
 from fxpress.tools.bench.accuracy_protocol import PROTOCOLS, Goal, Network, Protocol, load_protocol
 from fxpress.tools.bench.accuracy_report import judge, page, rows_of
@@ -183,7 +184,14 @@ class TestRun:
         bench = self.bench(plan, tmp_path, folder)
         bench.measure(list(plan.rows))
         other = plan.model_copy(update={"images": plan.images.model_copy(update={"batch": 8})})
-        assert self.bench(other, tmp_path, folder).facts(plan.rows[0], 0) is None
+        bench = self.bench(other, tmp_path, folder)
+        assert bench.facts(plan.rows[0], 0) is None
+        bench.measure(list(other.rows))
+        assert bench.facts(plan.rows[0], 0) is not None
+        measure_latency(bench)
+        times = read_latency(bench)[plan.rows[0].name]
+        assert set(times) == {"latency_1", "latency_64"}
+        assert all(value > 0 for value in times.values())
 
     def test_quick_is_the_same_table_on_few_images(self):
         small = accuracy.shrunk(protocol())

@@ -24,10 +24,10 @@ def measure_latency(bench: Bench) -> None:
     times: Times = {}
     base = compile_network(bench.network(BASE, 0), ["emit"], bench.image, verify=False).graph
     for case in bench.protocol.rows:
-        place = bench.place(case, bench.protocol.seeds[0])
-        if bench.facts(case, bench.protocol.seeds[0]) is None:
+        seed = bench.protocol.seeds[0]
+        if bench.facts(case, seed) is None:
             continue
-        last = max(place.with_suffix("").glob("*.fxp"))  # they are numbered
+        last = max(bench.workdir(case, seed).glob("*.fxp"))  # they are numbered
         graph = compile_network(load(last), ["emit"], bench.image, verify=False).graph
         images = {batch: bench.image.repeat(batch, 1, 1, 1) for batch in BATCHES}
         times[case.name] = {f"latency_{n}": latency_ratio(graph, base, x).ratio for n, x in images.items()}

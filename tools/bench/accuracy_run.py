@@ -132,7 +132,7 @@ class Bench:
         recorded = RecordedTeacher(teacher, self.folder / f"teacher-{seed}.safetensors") if case.record else None
         compiled = compile_network(
             model, case.steps, self.image, data=self.data(seed), teacher=recorded or teacher,
-            workdir=place.with_suffix(""), resume=True, seed=seed,
+            workdir=self.workdir(case, seed), resume=True, seed=seed,
         )  # fmt: skip
         if recorded is not None:
             recorded.keep()
@@ -158,9 +158,13 @@ class Bench:
         }
 
     def place(self, case: Case, seed: int) -> Path:
-        """File of a row's numbers; the folder of the same name without `.json` is its workdir."""
+        """File of a row's numbers."""
         slug = re.sub(r"[^a-z0-9]+", "-", case.name.lower()).strip("-")
         return self.folder / f"{slug}-{seed}.json"
+
+    def workdir(self, case: Case, seed: int) -> Path:
+        """Folder in which a row's networks are kept: another one where the protocol is another."""
+        return self.place(case, seed).with_suffix(f".{self._identity(case.model_dump(mode='json'))}")
 
     def _identity(self, part: Any) -> str:
         plan = self.protocol
