@@ -190,7 +190,7 @@ class TestRun:
         assert bench.facts(plan.rows[0], 0) is not None
         measure_latency(bench)
         times = read_latency(bench)[plan.rows[0].name]
-        assert set(times) == {"latency_1", "latency_64"}
+        assert set(times) == {"latency_1"}
         assert all(value > 0 for value in times.values())
 
     def test_quick_is_the_same_table_on_few_images(self):

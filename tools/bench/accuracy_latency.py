@@ -14,9 +14,9 @@ from .accuracy_protocol import BASE
 if TYPE_CHECKING:
     from .accuracy_run import Bench
 
-BATCHES = (1, 64)
+BATCHES = (1,)
 Times = dict[str, dict[str, float]]
-"""Name of a row → `latency_1`, `latency_64`: share of the base's time."""
+"""Name of a row → `latency_1`: share of the base's time, batch 1."""
 
 
 def measure_latency(bench: Bench) -> None:
