@@ -14,7 +14,6 @@ from .accuracy_protocol import BASE
 if TYPE_CHECKING:
     from .accuracy_run import Bench
 
-BATCHES = (1,)
 Times = dict[str, dict[str, float]]
 """Name of a row → `latency_1`: share of the base's time, batch 1."""
 
@@ -29,8 +28,7 @@ def measure_latency(bench: Bench) -> None:
             continue
         last = max(bench.workdir(case, seed).glob("*.fxp"))  # they are numbered
         graph = compile_network(load(last), ["emit"], bench.image, verify=False).graph
-        images = {batch: bench.image.repeat(batch, 1, 1, 1) for batch in BATCHES}
-        times[case.name] = {f"latency_{n}": latency_ratio(graph, base, x).ratio for n, x in images.items()}
+        times[case.name] = {"latency_1": latency_ratio(graph, base, bench.image).ratio}
         bench.console.print(f"{case.name}: {times[case.name]}")
     write_atomically(bench.folder / "latency.json", [json.dumps(times, indent=1).encode()])
 
