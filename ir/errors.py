@@ -59,3 +59,7 @@ class ArtifactError(FxpressError):
 
 class ModelError(FxpressError):
     """A model that cannot be compiled as given, for example with NaN weights, or that cannot be found."""
+
+
+class KernelError(FxpressError):
+    """A kernel was given tensors that do not fit each other, or an index layout that is not one."""

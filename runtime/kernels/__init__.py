@@ -1,0 +1,21 @@
+"""Compiled kernels behind `torch.ops.fxpress`, and the torch reference that computes the same.
+
+Importing the package registers the operators:
+
+    torch.ops.fxpress.pq_linear(x, codebook, layout, bias, out_features, tables) -> (…, out)
+    torch.ops.fxpress.pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation,
+                                groups, tables) -> (N, out, Ho, Wo)
+
+x and codebook (M, K, d) are float32, `layout` comes from `prepare_linear` or `prepare_conv2d`, bias may be None, tables
+is "fp32", "int16" or "int8" (`reference.py` has the formulas). No gradients: a layer that trains decodes its weight.
+"""
+
+from . import ops as ops
+from .library import available as available
+from .library import isa as isa
+from .library import isas as isas
+from .library import using as using
+from .library import why_not as why_not
+from .prepare import prepare_codebook as prepare_codebook
+from .prepare import prepare_conv2d as prepare_conv2d
+from .prepare import prepare_linear as prepare_linear

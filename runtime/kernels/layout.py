@@ -1,0 +1,143 @@
+"""Index layouts: the code words' numbers in the order in which a kernel reads them, behind a header that it checks.
+
+A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little endian), then the payload. What a payload
+looks like is told by the layout's id; `LAYOUTS` holds one `Layout` each, with the packing and its inverse in torch. Any
+layout is computed right on any machine: a kernel that does not know an id unpacks it first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import KernelError
+
+MAGIC = b"FXPQIDX1"
+HEADER_BYTES = 64
+_FORMAT = struct.Struct("<8s6IQ24x")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first 64 bytes of a layout say.
+
+    Attributes:
+        layout: number of the layout, a key of `LAYOUTS`.
+        codewords: K, code words per sub-space, a power of two from 2 to 256.
+        taps: kernel height times width of a convolution, row-major; 1 for a linear layer.
+        subspaces: M.
+        outputs: output features or channels, over all groups.
+        groups: groups of a convolution.
+        payload_bytes: bytes behind the header.
+    """
+
+    layout: int
+    codewords: int
+    taps: int
+    subspaces: int
+    outputs: int
+    groups: int
+    payload_bytes: int
+
+    @classmethod
+    def read(cls, layout: Tensor) -> Header:
+        """The header of a layout, checked against the size of the tensor."""
+        if layout.dtype != torch.uint8 or layout.dim() != 1 or layout.numel() < HEADER_BYTES:
+            shape = f"{str(layout.dtype).removeprefix('torch.')} {tuple(layout.shape)}"
+            raise KernelError(f"An index layout is a 1-D uint8 tensor of at least 64 bytes, not {shape}", hint=_HINT)
+        magic, *numbers = _FORMAT.unpack(bytes(layout[:HEADER_BYTES].tolist()))
+        header = cls(*numbers)
+        if magic != MAGIC or header.layout not in LAYOUTS:
+            raise KernelError(f"Not an index layout: it begins with {magic!r}, layout {header.layout}", hint=_HINT)
+        expected = header.expected_bytes() if header.is_sane() else -1
+        if header.payload_bytes != expected or layout.numel() != HEADER_BYTES + expected:
+            raise KernelError(
+                f"An index layout whose header does not fit its {layout.numel()} bytes: {header}", hint=_HINT
+            )
+        return header
+
+    def is_sane(self) -> bool:
+        """Whether each number alone is in its range; the same limits as in csrc/layout.h."""
+        sizes = (self.taps, self.subspaces, self.outputs, self.groups)
+        power_of_two = 2 <= self.codewords <= 256 and self.codewords & (self.codewords - 1) == 0
+        return power_of_two and all(1 <= size < 2**24 for size in sizes) and self.outputs % self.groups == 0
+
+    def expected_bytes(self) -> int:
+        """Bytes of the payload."""
+        return self.taps * LAYOUTS[self.layout].tap_bytes(self)
+
+    def to_bytes(self) -> Tensor:
+        """The 64 bytes as a tensor."""
+        data = _FORMAT.pack(
+            MAGIC,
+            self.layout,
+            self.codewords,
+            self.taps,
+            self.subspaces,
+            self.outputs,
+            self.groups,
+            self.payload_bytes,
+        )
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+_HINT = "Make it anew from the layer's indices with fxpress.runtime.kernels.prepare_linear or prepare_conv2d"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One order of the indices.
+
+    Attributes:
+        name: for messages and the README.
+        tap_bytes: header -> bytes of one tap of the payload.
+        pack: (header, indices (taps, M, out)) -> payload, 1-D uint8.
+        unpack: (header, payload) -> indices (taps, M, out).
+    """
+
+    name: str
+    tap_bytes: Callable[[Header], int]
+    pack: Callable[[Header, Tensor], Tensor]
+    unpack: Callable[[Header, Tensor], Tensor]
+
+
+def pack(layout: int, indices: Tensor, codewords: int, groups: int = 1) -> Tensor:
+    """Header and payload of `indices` (taps, M, out) uint8 in the layout of that number."""
+    if indices.dtype != torch.uint8 or indices.dim() != 3 or not indices.numel():
+        raise KernelError(
+            f"Indices are uint8 of shape (taps, sub-spaces, outputs), not {indices.dtype} {tuple(indices.shape)}"
+        )
+    if int(indices.max()) >= codewords:
+        raise KernelError(f"An index is {int(indices.max())} where there are only {codewords} code words")
+    taps, subspaces, outputs = indices.shape
+    header = Header(layout, codewords, taps, subspaces, outputs, groups, 0)
+    if not header.is_sane():
+        raise KernelError(f"No index layout for {header}", hint="Code words are a power of two from 2 to 256")
+    header = Header(layout, codewords, taps, subspaces, outputs, groups, header.expected_bytes())
+    return torch.cat([header.to_bytes(), LAYOUTS[layout].pack(header, indices)])
+
+
+def unpack(layout: Tensor) -> tuple[Header, Tensor]:
+    """The header, and the indices (taps, M, out) uint8 that a layout holds."""
+    header = Header.read(layout)
+    return header, LAYOUTS[header.layout].unpack(header, layout[HEADER_BYTES:])
+
+
+def _plain_pack(header: Header, indices: Tensor) -> Tensor:
+    return indices.contiguous().flatten()
+
+
+def _plain_unpack(header: Header, payload: Tensor) -> Tensor:
+    return payload.reshape(header.taps, header.subspaces, header.outputs)
+
+
+# one byte per index, in the order of the layer's own buffer
+PLAIN = 1
+
+LAYOUTS: dict[int, Layout] = {
+    PLAIN: Layout("plain", lambda header: header.subspaces * header.outputs, _plain_pack, _plain_unpack),
+}

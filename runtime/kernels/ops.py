@@ -1,0 +1,96 @@
+"""The operators `torch.ops.fxpress.pq_linear` and `pq_conv2d`: schema, checks, fake kernels.
+
+`Library.define` and `impl` rather than `torch.library.custom_op`: about 6 microseconds per call instead of 11.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import KernelError
+from . import reference
+
+_TABLES = ("fp32", "int16", "int8")
+_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_LIBRARY.define(
+    "pq_linear(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_features, str tables) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "pq_conv2d(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_channels, int[2] kernel_size, "
+    "int[2] stride, int[2] padding, int[2] dilation, int groups, str tables) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _check(x: Tensor, codebook: Tensor, bias: Tensor | None, outputs: int, tables: str, inputs: int) -> None:
+    """Types and sizes that both operators ask for; `inputs` are those of one group."""
+    if tables not in _TABLES:
+        raise KernelError(f"tables is {tables!r}", hint=f"It is one of {', '.join(_TABLES)}")
+    for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise KernelError(f"{name} is {tensor.dtype}", hint="The kernels read float32; decode the layer for others")
+    if codebook.dim() != 3:
+        raise KernelError(f"A codebook is (sub-spaces, code words, width), not {tuple(codebook.shape)}")
+    subspaces, _, width = codebook.shape
+    if not (subspaces - 1) * width < inputs <= subspaces * width:
+        raise KernelError(f"{inputs} inputs do not fit {subspaces} sub-spaces of width {width}")
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise KernelError(f"bias has shape {tuple(bias.shape)} where there are {outputs} outputs")
+
+
+def _pq_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:
+    _check(x, codebook, bias, out, tables, x.shape[-1])
+    return reference.pq_linear(x, codebook, layout, bias, out, tables)
+
+
+def _fake_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:
+    _check(x, codebook, bias, out, tables, x.shape[-1])
+    return x.new_empty(*x.shape[:-1], out)
+
+
+def _pq_conv2d(
+    x: Tensor,
+    codebook: Tensor,
+    layout: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    tables: str,
+) -> Tensor:
+    _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
+    return reference.pq_conv2d(
+        x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
+    )
+
+
+def _fake_conv2d(
+    x: Tensor,
+    codebook: Tensor,
+    layout: Tensor,
+    bias: Tensor | None,
+    out_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    tables: str,
+) -> Tensor:
+    _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    return x.new_empty(x.shape[0], out_channels, *size)
+
+
+_LIBRARY.impl("pq_linear", _pq_linear, "CPU")
+_LIBRARY.impl("pq_conv2d", _pq_conv2d, "CPU")
+torch.library.register_fake("fxpress::pq_linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake("fxpress::pq_conv2d", _fake_conv2d, lib=_LIBRARY)
