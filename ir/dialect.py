@@ -11,8 +11,8 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ class LayerSpec:
         cls: the class.
         fields: names of the constructor's arguments, each also an attribute of the built layer.
         given: fields whose attribute is a tensor, None where the layer was built without it (`bias=False`).
+        attributes: field → attribute, where the names differ.
     """
 
     cls: type[nn.Module]
     fields: tuple[str, ...]
     given: tuple[str, ...] = ()
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
@@ -63,8 +65,13 @@ LAYERS: dict[str, LayerSpec] = {
 }
 
 
-def register_layer(cls: type[nn.Module], fields: tuple[str, ...], given: tuple[str, ...] = ()) -> None:
-    """Add a layer type under its class name; `fields` as in `LayerSpec`.
+def register_layer(
+    cls: type[nn.Module],
+    fields: tuple[str, ...],
+    given: tuple[str, ...] = (),
+    attributes: Mapping[str, str] | None = None,
+) -> None:
+    """Add a layer type under its class name; the rest as in `LayerSpec`.
 
     Raises:
         GraphError: another class has that name already.
@@ -72,7 +79,7 @@ def register_layer(cls: type[nn.Module], fields: tuple[str, ...], given: tuple[s
     known = LAYERS.get(cls.__name__)
     if known is not None and known.cls is not cls:
         raise GraphError(f"layer name {cls.__name__!r} belongs to {known.cls.__module__} already")
-    LAYERS[cls.__name__] = LayerSpec(cls, fields, given)
+    LAYERS[cls.__name__] = LayerSpec(cls, fields, given, attributes or {})
 
 
 def layer_name(layer: nn.Module) -> str:
@@ -100,7 +107,7 @@ def config(layer: nn.Module) -> dict[str, JSON]:
     """
     name = layer_name(layer)
     spec = LAYERS[name]
-    values = {f: _value(getattr(layer, f), f in spec.given) for f in spec.fields}
+    values = {f: _value(getattr(layer, spec.attributes.get(f, f)), f in spec.given) for f in spec.fields}
     absent = sorted(_own(_create(spec, values)) - _own(layer))
     return {**values, "absent": absent} if absent else values
 

@@ -1,4 +1,7 @@
 """Layers of fxpress's own: plain, trainable torch modules. Importing the package registers all of them."""
 
 from .channel_mask import ChannelMask as ChannelMask
+from .pq_conv2d import PQConv2d as PQConv2d
+from .pq_layer import PQLayer as PQLayer
+from .pq_linear import PQLinear as PQLinear
 from .selection_mask import SelectionMask as SelectionMask

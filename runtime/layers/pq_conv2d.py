@@ -1,0 +1,125 @@
+"""PQConv2d: a convolution whose weight is made of codewords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ...ir.dialect import register_layer
+from ...ir.errors import OptionError
+from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
+
+Pair = int | tuple[int, int]
+_SHAPE = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+
+
+class PQConv2d(PQLayer):
+    """A product-quantized convolution (Wu et al., CVPR 2016): all taps and groups share the codebooks.
+
+        y[n, o, q] = bias[o] + Σ_t Σ_m codebook[m, indices[t, m, o], :] · x[n, group(o) + m d : .. + d, s q + t]
+
+    Taps run over the kernel row by row; what lies outside the image counts as zero.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in torch.nn.Conv2d.
+        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, as in `PQLayer`.
+
+    Raises:
+        OptionError: a depthwise convolution, or a value out of its range.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0,
+        dilation: Pair = 1, groups: int = 1, bias: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
+        _check(in_channels, out_channels, groups, padding)
+        size = _pair(kernel_size)
+        super().__init__(in_channels // groups, out_channels, size[0] * size[1], bias, **options)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = size, _pair(stride), _pair(dilation)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+
+    @classmethod
+    def from_weights(cls, layer: nn.Conv2d, codebook: Tensor, indices: Tensor, /, **options: Any) -> PQConv2d:
+        """The layer that takes the place of `layer`, with its bias, dtype, device and mode.
+
+        Args:
+            codebook: `(M, K, d)`; sizes are read from it.
+            indices: `(taps, M, out)`, of any whole-number dtype.
+            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`.
+
+        Raises:
+            OptionError: a depthwise convolution, a padding mode other than zeros, or shapes that do not fit.
+        """
+        if layer.padding_mode != "zeros":
+            raise OptionError(f"padding_mode is {layer.padding_mode!r}; a PQConv2d pads with zeros alone")
+        given = {f: getattr(layer, f) for f in _SHAPE} | {"bias": layer.bias is not None}
+        made = cls(**given, subspace=codebook.shape[2], codewords=codebook.shape[1], **options)
+        made._put(layer, codebook, indices)
+        return made
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of one group."""
+        return self.in_channels // self.groups
+
+    def decoded(self) -> Tensor:
+        """The dense weight `(out, in / groups, kh, kw)`, differentiable in the codebook."""
+        weight = super().decoded()
+        return weight.reshape(*weight.shape[:2], *self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, in, H, W)` -> `(N, out, H', W')`, or both without N."""
+        path = self._path(x)
+        x, padding = self._padded(x)
+        if path == "table":
+            return self._look_up(x, padding)
+        weight = self._fresh(self.decoded) if path == "dense" else self.decoded()
+        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _look_up(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        from .. import kernels  # loads a library: only where it is used
+
+        layout = self._fresh(lambda: kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups))
+        y: Tensor = torch.ops.fxpress.pq_conv2d(
+            x if x.dim() == 4 else x.unsqueeze(0), self.stored_codebook(), layout, self.bias,
+            self.kernel_size, self.stride, padding, self.dilation, self.groups, self.tables,
+        )  # fmt: skip
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Input and padding in numbers; what padding "same" adds to one side more than to the other is added here."""
+        if not isinstance(self.padding, str):
+            return x, self.padding
+        height, width = (
+            step * (size - 1) if self.padding == "same" else 0
+            for size, step in zip(self.kernel_size, self.dilation, strict=True)
+        )
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2))
+        return x, (height // 2, width // 2)
+
+    def extra_repr(self) -> str:
+        """The arguments, as `repr` shows them."""
+        shape = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
+        rest = f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
+        return f"{self.in_channels}, {self.out_channels}, {shape}, {rest}, {self._options_repr()}"
+
+
+def _check(in_channels: int, out_channels: int, groups: int, padding: Pair | str) -> None:
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise OptionError(f"{in_channels} input and {out_channels} output channels do not make {groups} groups")
+    if groups > 1 and groups == in_channels:
+        raise OptionError(
+            f"a depthwise convolution ({groups} groups of one channel) cannot be product-quantized",
+            hint="Its sub-spaces have a single input each: indices are no smaller than quantised weights. Skip it.",
+        )
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise OptionError(f"padding is {padding!r}; allowed: numbers, 'same', 'valid'")
+
+
+register_layer(PQConv2d, (*_SHAPE, *OPTIONS), ("bias",), ATTRIBUTES)

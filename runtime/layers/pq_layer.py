@@ -1,0 +1,166 @@
+"""PQLayer: what PQLinear and PQConv2d have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...ir.errors import OptionError
+from .pq_codebook import Precision, as_stored, check_choice, check_sizes, decode, subspaces
+
+Kernel = Literal["decode", "dense", "table"]
+Tables = Literal["fp32", "int16", "int8"]
+
+
+class PQLayer(nn.Module):
+    """A layer whose weight is made of a codebook and indices; all taps and groups share the codebook.
+
+    Args:
+        inputs: inputs of one group.
+        outputs: outputs of all groups.
+        taps: positions of the kernel.
+        bias: whether there is one.
+        subspace: width d of a sub-space.
+        codewords: number K of codewords per sub-space, a power of two in 2..256.
+        codebook: what a file keeps of the codewords; the forward pass uses them with the same values.
+        entropy: whether a file holds the indices entropy coded, where that is smaller.
+        kernel: how the layer computes in evaluation mode: `decode` makes the weight anew for each call, `dense` once,
+            `table` looks products of inputs and codewords up in tables and makes no weight at all. In training mode,
+            and where the codewords need a gradient, the weight is decoded.
+        tables: numbers in these tables; fp32 is exact but for rounding.
+
+    Raises:
+        OptionError: a value out of its range.
+    """
+
+    codebook: nn.Parameter
+    """Codewords, float `(M, K, d)`; what the last sub-space does not use of its width is zero and never read."""
+    indices: Tensor
+    """Codeword of every tap, sub-space and output, uint8 `(taps, M, out)`."""
+
+    def __init__(
+        self, inputs: int, outputs: int, taps: int, bias: bool, *, subspace: int, codewords: int,
+        codebook: Precision = "fp32", entropy: bool = False, kernel: Kernel = "decode", tables: Tables = "fp32",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_sizes(inputs, subspace, codewords)
+        check_choice("codebook", codebook, Precision)
+        check_choice("kernel", kernel, Kernel)
+        check_choice("tables", tables, Tables)
+        self.subspace, self.codewords, self.entropy = subspace, codewords, entropy
+        self.precision: Precision = codebook
+        self.kernel: Kernel = kernel
+        self.tables: Tables = tables
+        self._prepared: tuple[object, Tensor] | None = None
+        count = subspaces(inputs, subspace)
+        self.codebook = nn.Parameter(torch.empty(count, codewords, subspace))
+        self.register_buffer("indices", torch.randint(codewords, (taps, count, outputs), dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self._reset(inputs, taps)
+
+    def _reset(self, inputs: int, taps: int) -> None:
+        """Values of the scale that torch.nn gives to linear layers and convolutions; the indices are random."""
+        bound = (inputs * taps) ** -0.5
+        with torch.no_grad():
+            self.codebook.uniform_(-bound, bound)
+            self.codebook[-1, :, inputs - (len(self.codebook) - 1) * self.subspace :] = 0
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    # -- shapes ---------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of one group."""
+        raise NotImplementedError
+
+    @property
+    def last_width(self) -> int:
+        """Inputs that the last sub-space covers, 1..d."""
+        return self.inputs - (self.codebook.shape[0] - 1) * self.subspace
+
+    # -- weights --------------------------------------------------------------------------------------------
+
+    def stored_codebook(self) -> Tensor:
+        """The codewords with the values that a file keeps, `(M, K, d)`; the gradient passes straight through."""
+        return as_stored(self.codebook, self.precision)
+
+    def decoded(self) -> Tensor:
+        """The dense weight, differentiable in the codebook."""
+        return decode(self.stored_codebook(), self.indices, self.inputs)
+
+    # -- what evaluation prepares ---------------------------------------------------------------------------
+
+    def _path(self, x: Tensor) -> Kernel:
+        """How this call is computed."""
+        learns = torch.is_grad_enabled() and (self.codebook.requires_grad or (self.kernel == "table" and self._any(x)))
+        if self.training or learns or self.kernel == "decode":
+            return "decode"
+        if self.kernel == "table" and not x.dtype == self.codebook.dtype == torch.float32:
+            return "decode"
+        return self.kernel
+
+    def _any(self, x: Tensor) -> bool:
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _fresh(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for these codewords, indices and options.
+
+        While torch.compile or torch.export look on, what is there is taken as it is: they cannot see versions.
+        """
+        known = self._prepared
+        if torch.compiler.is_compiling():
+            return make() if known is None else known[1]
+        key = (self.kernel, self.tables, self.precision, *(
+            entry for t in (self.codebook, self.indices) for entry in (id(t), t.data_ptr(), t._version)
+        ))  # fmt: skip
+        if known is None or known[0] != key:
+            with torch.no_grad():
+                known = self._prepared = (key, make())
+        return known[1]
+
+    def train(self, mode: bool = True) -> PQLayer:
+        """As torch; training drops what evaluation has prepared."""
+        self._prepared = None if mode else self._prepared
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PQLayer:
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # a copy prepares its own
+
+    # -- building -------------------------------------------------------------------------------------------
+
+    def _put(self, layer: nn.Linear | nn.Conv2d, codebook: Tensor, indices: Tensor) -> None:
+        """Take over codewords and indices, and bias, dtype, device and mode of the layer that is replaced."""
+        if codebook.shape != self.codebook.shape or indices.shape != self.indices.shape:
+            found, wanted = (tuple(codebook.shape), tuple(indices.shape)), (self.codebook.shape, self.indices.shape)
+            raise OptionError(f"codebook and indices are {found}; this layer needs {tuple(map(tuple, wanted))}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codewords:
+            named = f"{int(indices.min())} to {int(indices.max())}"
+            raise OptionError(f"indices name codewords from {named}; there are {self.codewords}")
+        self.to(layer.weight.device, layer.weight.dtype).train(layer.training)
+        with torch.no_grad():
+            self.codebook.copy_(codebook)
+            self.codebook[-1, :, self.last_width :] = 0
+            self.indices.copy_(indices)
+            if self.bias is not None and layer.bias is not None:
+                self.bias.copy_(layer.bias)
+
+    def _options_repr(self) -> str:
+        shown = f"subspace={self.subspace}, codewords={self.codewords}, codebook={self.precision!r}"
+        table = f", tables={self.tables!r}" if self.kernel == "table" else ""
+        return f"{shown}{', entropy=True' if self.entropy else ''}, kernel={self.kernel!r}{table}"
+
+
+OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")
+ATTRIBUTES = {"codebook": "precision"}  # `layer.codebook` is the parameter

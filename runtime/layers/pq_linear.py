@@ -1,0 +1,72 @@
+"""PQLinear: a linear layer whose weight is made of codewords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from ...ir.dialect import register_layer
+from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
+
+
+class PQLinear(PQLayer):
+    """A product-quantized linear layer (Wu et al., CVPR 2016).
+
+        y[.., o] = bias[o] + Σ_m codebook[m, indices[0, m, o], :] · x[.., m d : (m + 1) d]
+
+    Args:
+        in_features, out_features, bias: as in torch.nn.Linear.
+        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, as in `PQLayer`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
+        super().__init__(in_features, out_features, 1, bias, **options)
+        self.in_features, self.out_features = in_features, out_features
+
+    @classmethod
+    def from_weights(cls, layer: nn.Linear, codebook: Tensor, indices: Tensor, /, **options: Any) -> PQLinear:
+        """The layer that takes the place of `layer`, with its bias, dtype, device and mode.
+
+        Args:
+            codebook: `(M, K, d)`; sizes are read from it.
+            indices: `(1, M, out)`, of any whole-number dtype.
+            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`.
+        """
+        sizes = {"subspace": codebook.shape[2], "codewords": codebook.shape[1]}
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, **sizes, **options)
+        made._put(layer, codebook, indices)
+        return made
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.in_features
+
+    def decoded(self) -> Tensor:
+        """The dense weight `(out, in)`, differentiable in the codebook."""
+        return super().decoded().squeeze(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(.., in)` -> `(.., out)`."""
+        path = self._path(x)
+        if path == "table":
+            return self._look_up(x)
+        return F.linear(x, self._fresh(self.decoded) if path == "dense" else self.decoded(), self.bias)
+
+    def _look_up(self, x: Tensor) -> Tensor:
+        from .. import kernels  # loads a library: only where it is used
+
+        layout = self._fresh(lambda: kernels.prepare_linear(self.indices, self.codewords, self.tables))
+        y: Tensor = torch.ops.fxpress.pq_linear(x, self.stored_codebook(), layout, self.bias, self.tables)
+        return y
+
+    def extra_repr(self) -> str:
+        """The arguments, as `repr` shows them."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self._options_repr()}"
+
+
+register_layer(PQLinear, ("in_features", "out_features", "bias", *OPTIONS), ("bias",), ATTRIBUTES)

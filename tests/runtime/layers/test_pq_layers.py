@@ -1,0 +1,248 @@
+"""PQLinear and PQConv2d: values against a loop over the formula, gradients, sizes, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fxpress.ir import dialect
+from fxpress.runtime.layers import PQConv2d, PQLayer, PQLinear
+from fxpress.runtime.layers.pq_codebook import as_stored, bits
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxpress import OptionError
+
+PRECISIONS = ["fp32", "fp16", "int8"]
+
+
+def dense_by_loops(layer: PQLayer, taps: int) -> np.ndarray:
+    """The weight `(out, inputs, taps)`, one number after another."""
+    codebook, indices = layer.codebook.detach().numpy(), layer.indices.numpy()
+    weight = np.zeros((indices.shape[2], layer.inputs, taps), np.float32)
+    for o, i, t in np.ndindex(weight.shape):
+        m, j = divmod(i, layer.subspace)
+        weight[o, i, t] = codebook[m, indices[t, m, o], j]
+    return weight
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[PQConv2d, Tensor]:
+    groups, inputs = draw(st.integers(1, 3)), draw(st.integers(2, 9))
+    size = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    layer = PQConv2d(
+        groups * inputs, groups * draw(st.integers(1, 4)), size, stride=draw(st.integers(1, 2)),
+        padding=draw(st.sampled_from([0, (1, 2)])), dilation=draw(st.integers(1, 2)), groups=groups,
+        bias=draw(st.booleans()), subspace=draw(st.integers(1, 5)), codewords=2 ** draw(st.integers(1, 8)),
+    )  # fmt: skip
+    return layer, torch.randn(draw(st.integers(0, 2)), groups * inputs, 7, 6)
+
+
+@given(convolutions())
+def test_convolution_is_the_formula(case: tuple[PQConv2d, Tensor]) -> None:
+    layer, x = case
+    weight = torch.from_numpy(dense_by_loops(layer, layer.indices.shape[0])).unflatten(2, layer.kernel_size)
+    assert torch.equal(layer.decoded(), weight)
+    expected = F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    for mode in (True, False):
+        assert torch.allclose(layer.train(mode)(x), expected, atol=1e-5)  # strides of size 1 choose another kernel
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of torch.nn.Conv2d
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("size", [(2, 3), (3, 4), (2, 2), (5, 1)])
+def test_padding_by_name(padding: str, size: tuple[int, int]) -> None:
+    plain = nn.Conv2d(4, 6, size, padding=padding, dilation=(1, 3))
+    layer = PQConv2d(4, 6, size, padding=padding, dilation=(1, 3), subspace=2, codewords=4)
+    plain.load_state_dict({"weight": layer.decoded().detach(), "bias": layer.bias.detach()})
+    for x in (torch.randn(2, 4, 9, 12), torch.randn(4, 9, 12)):
+        assert torch.allclose(layer(x), plain(x), atol=1e-6)
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.booleans(), st.sampled_from([(), (3,), (2, 3)]))
+def test_linear_is_the_formula(inputs: int, outputs: int, width: int, bias: bool, batch: tuple[int, ...]) -> None:
+    layer = PQLinear(inputs, outputs, bias, subspace=width, codewords=8)
+    weight = torch.from_numpy(dense_by_loops(layer, 1)).squeeze(2)
+    x = torch.randn(*batch, inputs)
+    assert torch.equal(layer.decoded(), weight)
+    assert torch.equal(layer(x), F.linear(x, weight, layer.bias))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gradients_reach_the_codewords(precision: Any) -> None:
+    """Straight through the rounding: the gradient of a codeword is the sum over the weights that are made of it."""
+    layer = PQConv2d(6, 4, 3, subspace=4, codewords=4, codebook=precision)
+    weight = layer.decoded().detach().requires_grad_()
+    x = torch.randn(2, 6, 5, 5)
+    F.conv2d(x, weight, layer.bias.detach()).square().sum().backward()
+    layer(x).square().sum().backward()
+    expected = torch.zeros_like(layer.codebook)
+    for o, i, t in np.ndindex(4, 6, 9):
+        m, j = divmod(i, 4)
+        expected[m, int(layer.indices[t, m, o]), j] += weight.grad.flatten(2)[o, i, t]
+    assert torch.allclose(layer.codebook.grad, expected, rtol=1e-5, atol=1e-5)
+    assert layer.bias.grad is not None
+    assert bool((layer.codebook.grad[-1, :, 2:] == 0).all())
+
+
+@given(st.sampled_from(PRECISIONS), st.integers(0, 2**31), st.sampled_from([1e-30, 1e-6, 1.0, 3.7, 1e5]))
+def test_stored_values_are_stored_as_they_are(precision: Any, seed: int, size: float) -> None:
+    codebook = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(seed)) * size
+    codebook[1] = 0
+    once = as_stored(codebook, precision)
+    assert torch.equal(as_stored(once, precision), once)
+    assert once.dtype == torch.float32
+    error = {"fp32": 0.0, "fp16": 2**-11, "int8": 0.5 / 127 * 1.01}[precision]
+    bound = codebook.abs() * error if precision == "fp16" else codebook.abs().amax((1, 2), True) * error
+    inside = codebook.abs() < (65504 if precision == "fp16" else float("inf"))
+    assert bool(((once - codebook).abs() <= bound + (2**-25 if precision == "fp16" else 1e-29))[inside].all())
+
+
+def test_straight_through_is_exact() -> None:
+    codebook = torch.randn(2, 16, 4).mul(100).requires_grad_()
+    for precision in PRECISIONS:
+        assert torch.equal(as_stored(codebook, precision).detach(), as_stored(codebook.detach(), precision))
+
+
+LAYERS: dict[str, nn.Module] = {
+    "linear": nn.Linear(10, 6),
+    "linear without bias": nn.Linear(10, 6, bias=False),
+    "double": nn.Linear(10, 6).double().eval(),
+    "conv": nn.Conv2d(10, 6, (3, 2), stride=2, padding=1, dilation=(1, 2), groups=2),
+    "same": nn.Conv2d(10, 6, 3, padding="same", bias=False),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_takes_the_place_of_a_layer(layer: Any) -> None:
+    """With one codeword per output the weight is exactly that of the layer."""
+    weight = layer.weight.detach()
+    rows = weight.flatten(2) if weight.dim() == 4 else weight.unsqueeze(2)  # (out, in, taps)
+    outputs, inputs, taps = rows.shape
+    padded = F.pad(rows, (0, 0, 0, -inputs % 4)).unflatten(1, (-1, 4))  # (out, M, d, taps)
+    codebook = padded.permute(1, 0, 3, 2).flatten(1, 2)  # (M, out * taps, d)
+    words = 1 << (outputs * taps - 1).bit_length()
+    codebook = F.pad(codebook, (0, 0, 0, words - outputs * taps), value=7.0)
+    indices = (torch.arange(outputs) * taps + torch.arange(taps)[:, None])[:, None].expand(taps, len(codebook), outputs)
+    kind = PQConv2d if isinstance(layer, nn.Conv2d) else PQLinear
+    made = kind.from_weights(layer, codebook, indices, kernel="decode")
+    assert torch.equal(made.decoded(), weight)
+    x = torch.randn(2, 10, 9, 9, dtype=weight.dtype) if kind is PQConv2d else torch.randn(3, 10, dtype=weight.dtype)
+    assert torch.equal(made(x), layer(x))
+    assert made.training == layer.training
+    assert bool((made.codebook[-1, :, made.last_width :] == 0).all())
+
+
+def test_is_rebuilt_from_its_configuration() -> None:
+    options: dict[str, Any] = dict(
+        subspace=4, codewords=16, codebook="int8", entropy=True, kernel="table", tables="int8"
+    )
+    for layer in (
+        PQLinear(10, 7, False, **options),
+        PQConv2d(12, 20, (3, 1), 2, "valid", 2, 2, True, **options),
+    ):
+        config = dialect.config(layer)
+        twin = dialect.build(type(layer).__name__, config)
+        assert dialect.config(twin) == config
+        assert repr(twin) == repr(layer)
+        assert {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in layer.state_dict().items()}
+        assert twin.codebook.is_meta
+
+
+def test_copies() -> None:
+    layer = PQLinear(9, 4, subspace=2, codewords=4, kernel="dense").eval()
+    x = torch.randn(2, 9)
+    with torch.no_grad():
+        y = layer(x)
+        twin = copy.deepcopy(layer)
+        other = PQLinear(9, 4, subspace=2, codewords=4, kernel="dense").eval()
+        other(x)
+        other.load_state_dict(layer.state_dict())
+        assert torch.equal(twin(x), y)
+        assert torch.equal(other(x), y)
+        twin.codebook.mul_(2)
+        assert torch.equal(layer(x), y)
+        assert not torch.equal(twin(x), y)
+
+
+def test_dense_weights_follow_what_they_are_made_of() -> None:
+    layer = PQConv2d(4, 6, 3, subspace=2, codewords=4, kernel="dense").eval()
+    x = torch.randn(1, 4, 5, 5)
+
+    def same() -> bool:
+        with torch.no_grad():
+            weight = layer.decoded()
+            return torch.equal(layer(x), F.conv2d(x, weight, layer.bias)) and torch.equal(
+                layer(x), F.conv2d(x, weight, layer.bias)
+            )
+
+    assert same()
+    with torch.no_grad():
+        layer.codebook.add_(1)
+    assert same()
+    layer.indices.zero_()
+    assert same()
+    layer.codebook = nn.Parameter(torch.randn_like(layer.codebook))
+    assert same()
+    layer.precision = "int8"
+    assert same()
+    layer.double().float()
+    assert same()
+
+
+def test_dense_weights_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = PQLinear(8, 4, subspace=2, codewords=4, kernel="dense").eval().requires_grad_(False)
+    x = torch.randn(2, 8)
+    y = layer(x)
+    monkeypatch.setattr(layer, "decoded", lambda: pytest.fail("decoded again"))
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "table"])
+def test_what_learns_is_decoded(kernel: Any) -> None:
+    layer = PQLinear(8, 4, subspace=2, codewords=4, kernel=kernel).eval()
+    layer(torch.randn(2, 8)).sum().backward()
+    assert bool((layer.codebook.grad != 0).any())
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "codewords": (lambda: PQLinear(8, 4, subspace=2, codewords=12), "codewords is 12; allowed: 2, 4, 8"),
+    "too many": (lambda: PQLinear(8, 4, subspace=2, codewords=512), "codewords is 512"),
+    "one": (lambda: PQLinear(8, 4, subspace=2, codewords=1), "codewords is 1"),
+    "subspace": (lambda: PQLinear(8, 4, subspace=0, codewords=4), "subspace is 0"),
+    "codebook": (lambda: PQLinear(8, 4, subspace=2, codewords=4, codebook="fp8"), "codebook is 'fp8'; allowed: fp32"),
+    "kernel": (lambda: PQLinear(8, 4, subspace=2, codewords=4, kernel="fast"), "kernel is 'fast'"),
+    "tables": (lambda: PQLinear(8, 4, subspace=2, codewords=4, tables="fp16"), "tables is 'fp16'"),
+    "depthwise": (lambda: PQConv2d(8, 16, 3, groups=8, subspace=1, codewords=4), "a depthwise convolution"),
+    "groups": (lambda: PQConv2d(8, 9, 3, groups=2, subspace=1, codewords=4), "do not make 2 groups"),
+    "padding": (lambda: PQConv2d(8, 8, 3, padding="all", subspace=1, codewords=4), "padding is 'all'"),
+    "mode": (
+        lambda: PQConv2d.from_weights(
+            nn.Conv2d(4, 4, 1, padding_mode="circular"), torch.zeros(2, 4, 2), torch.zeros(1, 2, 4)
+        ),
+        "padding_mode is 'circular'",
+    ),
+    "shapes": (
+        lambda: PQLinear.from_weights(nn.Linear(4, 4), torch.zeros(3, 4, 2), torch.zeros(1, 2, 4)),
+        r"codebook and indices are \(\(3, 4, 2\), \(1, 2, 4\)\)",
+    ),
+    "indices": (
+        lambda: PQLinear.from_weights(nn.Linear(4, 4), torch.zeros(2, 4, 2), torch.full((1, 2, 4), 4)),
+        "indices name codewords from 4 to 4; there are 4",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_bits() -> None:
+    assert [bits(2**n) for n in range(1, 9)] == list(range(1, 9))
