@@ -11,6 +11,7 @@ from torch.nn.modules.utils import _pair
 
 from ...ir.dialect import register_layer
 from ...ir.errors import OptionError
+from .. import kernels
 from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
 
 Pair = int | tuple[int, int]
@@ -78,18 +79,19 @@ class PQConv2d(PQLayer):
         x, padding = self._padded(x)
         if path == "table":
             return self._look_up(x, padding)
-        weight = self._fresh(self.decoded) if path == "dense" else self.decoded()
+        weight = self._prepare()[0] if path == "dense" else self.decoded()
         return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
     def _look_up(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        from .. import kernels  # loads a library: only where it is used
-
-        layout = self._fresh(lambda: kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups))
+        codebook, layout = self._prepare()
         y: Tensor = torch.ops.fxpress.pq_conv2d(
-            x if x.dim() == 4 else x.unsqueeze(0), self.stored_codebook(), layout, self.bias,
+            x if x.dim() == 4 else x.unsqueeze(0), codebook, layout, self.bias, self.out_channels,
             self.kernel_size, self.stride, padding, self.dilation, self.groups, self.tables,
         )  # fmt: skip
         return y if x.dim() == 4 else y.squeeze(0)
+
+    def _layout(self) -> Tensor:
+        return kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Input and padding in numbers; what padding "same" adds to one side more than to the other is added here."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ir.errors import OptionError
+from .. import kernels
 from .pq_codebook import Precision, as_stored, check_choice, check_sizes, decode, subspaces
 
 Kernel = Literal["decode", "dense", "table"]
@@ -54,7 +55,7 @@ class PQLayer(nn.Module):
         self.precision: Precision = codebook
         self.kernel: Kernel = kernel
         self.tables: Tables = tables
-        self._prepared: tuple[object, Tensor] | None = None
+        self._prepared: _Prepared | None = None
         count = subspaces(inputs, subspace)
         self.codebook = nn.Parameter(torch.empty(count, codewords, subspace))
         self.register_buffer("indices", torch.randint(codewords, (taps, count, outputs), dtype=torch.uint8))
@@ -94,33 +95,51 @@ class PQLayer(nn.Module):
 
     # -- what evaluation prepares ---------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Make now what the first call in evaluation mode would make: the dense weight, or the layout of the kernels.
+
+        A layer that was prepared goes through torch.compile and torch.export as it runs; one that was not, decoded.
+        """
+        if self.kernel != "decode":
+            self._prepare()
+
+    def _layout(self) -> Tensor:
+        """The indices in the order in which the kernels read them."""
+        raise NotImplementedError
+
     def _path(self, x: Tensor) -> Kernel:
         """How this call is computed."""
-        learns = torch.is_grad_enabled() and (self.codebook.requires_grad or (self.kernel == "table" and self._any(x)))
-        if self.training or learns or self.kernel == "decode":
+        grad = torch.is_grad_enabled()
+        if self.training or self.kernel == "decode" or (grad and self.codebook.requires_grad):
             return "decode"
-        if self.kernel == "table" and not x.dtype == self.codebook.dtype == torch.float32:
+        if self.kernel == "table":
+            learns = grad and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+            if learns or not x.dtype == self.codebook.dtype == torch.float32:
+                return "decode"
+        if torch.compiler.is_compiling() and (self._prepared is None or self._prepared.options != self._options()):
             return "decode"
         return self.kernel
 
-    def _any(self, x: Tensor) -> bool:
-        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+    def _options(self) -> tuple[str, ...]:
+        return (self.kernel, self.tables, self.precision)
 
-    def _fresh(self, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, made once for these codewords, indices and options.
+    def _prepare(self) -> tuple[Tensor, ...]:
+        """The dense weight, or codebook and layout for the kernels; made once for these codewords and options.
 
         While torch.compile or torch.export look on, what is there is taken as it is: they cannot see versions.
         """
         known = self._prepared
         if torch.compiler.is_compiling():
-            return make() if known is None else known[1]
-        key = (self.kernel, self.tables, self.precision, *(
-            entry for t in (self.codebook, self.indices) for entry in (id(t), t.data_ptr(), t._version)
-        ))  # fmt: skip
-        if known is None or known[0] != key:
+            assert known is not None  # `_path` has looked
+            return known.tensors
+        if known is None or known.options != self._options() or not known.is_of(self.codebook, self.indices):
             with torch.no_grad():
-                known = self._prepared = (key, make())
-        return known[1]
+                made = (self.decoded(),) if self.kernel == "dense" else self._tables()
+            known = self._prepared = _Prepared(self._options(), made, self.codebook, self.indices)
+        return known.tensors
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        return kernels.prepare_codebook(self.stored_codebook()), self._layout()
 
     def train(self, mode: bool = True) -> PQLayer:
         """As torch; training drops what evaluation has prepared."""
@@ -160,6 +179,22 @@ class PQLayer(nn.Module):
         shown = f"subspace={self.subspace}, codewords={self.codewords}, codebook={self.precision!r}"
         table = f", tables={self.tables!r}" if self.kernel == "table" else ""
         return f"{shown}{', entropy=True' if self.entropy else ''}, kernel={self.kernel!r}{table}"
+
+
+class _Prepared:
+    """What evaluation has prepared, and for which state of which tensors."""
+
+    def __init__(self, options: tuple[str, ...], tensors: tuple[Tensor, ...], *sources: Tensor) -> None:
+        self.options, self.tensors = options, tensors
+        # a second view keeps the memory alive: nothing else can get its address
+        self._sources = [(source, source.detach(), source._version) for source in sources]
+
+    def is_of(self, *sources: Tensor) -> bool:
+        """Whether these are the tensors from which it was made, unchanged."""
+        return all(
+            now is old and now.data_ptr() == view.data_ptr() and now._version == version
+            for now, (old, view, version) in zip(sources, self._sources, strict=True)
+        )
 
 
 OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ...ir.dialect import register_layer
+from .. import kernels
 from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
 
 
@@ -52,16 +53,16 @@ class PQLinear(PQLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`(.., in)` -> `(.., out)`."""
         path = self._path(x)
-        if path == "table":
-            return self._look_up(x)
-        return F.linear(x, self._fresh(self.decoded) if path == "dense" else self.decoded(), self.bias)
-
-    def _look_up(self, x: Tensor) -> Tensor:
-        from .. import kernels  # loads a library: only where it is used
-
-        layout = self._fresh(lambda: kernels.prepare_linear(self.indices, self.codewords, self.tables))
-        y: Tensor = torch.ops.fxpress.pq_linear(x, self.stored_codebook(), layout, self.bias, self.tables)
+        if path == "decode":
+            return F.linear(x, self.decoded(), self.bias)
+        if path == "dense":
+            return F.linear(x, self._prepare()[0], self.bias)
+        codebook, layout = self._prepare()
+        y: Tensor = torch.ops.fxpress.pq_linear(x, codebook, layout, self.bias, self.out_features, self.tables)
         return y
+
+    def _layout(self) -> Tensor:
+        return kernels.prepare_linear(self.indices, self.codewords, self.tables)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
