@@ -13,18 +13,20 @@ import pytest
 
 FOLDERS = {"fxpress": "fxpress", "ir": "fxpress/ir", "runtime": "fxpress/runtime", "passes": "fxpress/passes"}
 FOLDERS["tools"] = "fxpress/tools"
-NOT_BUILT = (".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "*.fxp")
+NOT_BUILT = (".git", ".venv", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "*.fxp", "*.so")
+LIBRARY = "fxpress/runtime/kernels/libfxpress_kernels.so"
 
 
 def on_disk(repository: Path) -> set[str]:
-    """Names that the wheel should hold: every file of the five folders but notes for readers and kept results."""
+    """Names that the wheel should hold: every file of the five folders but notes, kept results and C++ sources."""
     return {
         f"{package}/{path.relative_to(repository / folder).as_posix()}"
         for folder, package in FOLDERS.items()
         for path in (repository / folder).rglob("*")
         if path.is_file()
         and path.name != "README.md"
-        and not {"__pycache__", "results"} & set(path.parts)
+        and not {"__pycache__", "results", "csrc"} & set(path.parts)
+        and path.suffix != ".so"
         and not path.name.startswith(".")
     }
 
@@ -53,7 +55,7 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_exactly_what_is_on_disk(repository: Path, dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fxpress/")}
-    assert names == on_disk(repository)
+    assert names - {LIBRARY} == on_disk(repository)
 
 
 def test_wheel_is_typed_and_licensed(dist: Path) -> None:
@@ -69,7 +71,8 @@ def test_sdist_can_be_read_and_tested(repository: Path, dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"} <= names
     tests = {path.relative_to(repository).as_posix() for path in (repository / "tests").rglob("*.py")}
-    assert tests <= names
+    sources = {path.relative_to(repository).as_posix() for path in (repository / "runtime/kernels/csrc").iterdir()}
+    assert tests | sources | {"setup.py"} <= names
 
 
 IMPORT_ALL = """

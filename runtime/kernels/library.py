@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 from ...ir.errors import KernelError
+
+# name -> number in csrc/common.h, the fastest first
+_NUMBERS = {"avx512": 2, "avx2": 1, "portable": 0}
+_ABI = 1
+# another build of the library to load, for example one with a sanitizer
+_VARIABLE = "FXPRESS_KERNEL_LIBRARY"
+_chosen: str | None = None
+
+
+@cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    path = Path(os.environ.get(_VARIABLE) or Path(__file__).parent / f"libfxpress_kernels{suffix}")
+    if not path.is_file():
+        return None, "fxpress was installed without a C++ compiler. Install g++ or clang++, then fxpress once more"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.fxpress_message.restype = ctypes.c_char_p
+        if library.fxpress_abi() != _ABI:
+            return None, f"{path} belongs to another version of fxpress. Install fxpress once more"
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error}). Install fxpress once more, on this machine"
+    return library, ""
+
+
+def library() -> ctypes.CDLL | None:
+    """The library where it is in use; None where the reference is to compute, which is said once if not asked for."""
+    if isa() != "none":
+        return _loaded()[0]
+    if not available():
+        _say_once()
+    return None
+
+
+@cache
+def _say_once() -> None:
+    warnings.warn(f"The compiled kernels are not there, torch computes in their place: {why_not()}.", stacklevel=2)
 
 
 def available() -> bool:
     """Whether the compiled kernels are there; where they are not, the torch reference computes the same."""
-    return isa() != "none"
+    return _loaded()[0] is not None
 
 
 def why_not() -> str:
     """Why the compiled kernels are not there, with the next step; "" where they are."""
-    return "the shared library was not built"
+    return _loaded()[1]
 
 
 def isa() -> str:
     """Instruction set in use: "avx512", "avx2" or "portable"; "none" for the torch reference."""
-    return "none"
+    return _chosen or isas()[0]
 
 
+def isa_number() -> int:
+    """The same as the C functions want it."""
+    return _NUMBERS[isa()]
+
+
+@cache
 def isas() -> tuple[str, ...]:
-    """Every instruction set that this machine can run, the fastest first; "none" is always one of them."""
-    return ("none",)
+    """What this machine can run, the fastest first; the last is always "none", the torch reference."""
+    found = _loaded()[0]
+    names = [name for name, number in _NUMBERS.items() if found is not None and found.fxpress_can_run(number)]
+    return (*names, "none")
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Run the kernels of another instruction set (for tests and benchmarks).
+    """Run the kernels of another instruction set, in all threads (for tests and benchmarks).
 
     Raises:
         KernelError: this machine cannot run that one.
     """
+    global _chosen
     if name not in isas():
         raise KernelError(f"This machine cannot run kernels for {name!r}", hint=f"It can run {', '.join(isas())}")
-    yield
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def check(status: int) -> None:
+    """Raise KernelError with the library's own message where a function did not return 0."""
+    found = _loaded()[0]
+    if status and found is not None:
+        raise KernelError(found.fxpress_message().decode())
