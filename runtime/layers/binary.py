@@ -1,0 +1,83 @@
+"""Weights of one bit: the sign of a latent weight, times one factor per filter."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import OptionError
+
+Weights = Literal["binary", "ternary"]
+Scale = Literal["filter", "layer", "none"]
+
+TERNARY = 0.7
+"""Latent weights below this share of the filter's mean |W| become 0 (Li, Zhang, Liu 2016, equation 6)."""
+
+
+def binarize(weight: Tensor, weights: Weights = "binary", scale: Scale = "filter") -> Tensor:
+    """W_q = α b with a gradient that passes unchanged: ∂L/∂W = ∂L/∂W_q.
+
+    Per filter i of n latent weights,
+
+        binary    b = sign(W_i), of 0 it is +1                          α_i = mean |W_i|
+        ternary   b = sign(W_i) where |W_i| > 0.7 mean |W_i|, else 0    α_i = mean |W_i| over these
+
+    which minimise ‖W_i − α b‖² (ternary: nearly so). α is computed anew from the latent weights in every call and has
+    no gradient of its own; nor is the gradient cut off where a latent weight is large.
+
+    Source: M. Rastegari et al., XNOR-Net, ECCV 2016, equations 5 and 6; Z. Cai et al., CVPR 2017, section 3; F. Li,
+    B. Zhang, B. Liu, Ternary Weight Networks, 2016.
+
+    Args:
+        weight: W, shape (O, ...), one filter per entry of its first dimension.
+        weights: two values or three.
+        scale: one α per `filter`, one for the whole `layer`, or `none` (α = 1).
+
+    Returns:
+        W_q of the same shape and dtype.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        passed: Tensor = _StraightThrough.apply(weight, weights, scale)
+        return passed
+    return _quantized(weight, weights, scale)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The quantized weights; their gradient is that of the latent ones."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, weights: Weights, scale: Scale) -> Tensor:  # noqa: ARG004
+        return _quantized(weight, weights, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG004
+        return gradients[0], None, None
+
+
+def _quantized(weight: Tensor, weights: Weights, scale: Scale) -> Tensor:
+    size = weight.abs()
+    b = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
+    if weights == "ternary":
+        b = b * (size > TERNARY * _mean(size, scale if scale == "layer" else "filter"))
+    if scale == "none":
+        return b
+    taken = b.abs()
+    return b * (_mean(size * taken, scale) / _mean(taken, scale).clamp(min=torch.finfo(weight.dtype).tiny))
+
+
+def _mean(values: Tensor, scale: Scale) -> Tensor:
+    """Mean per filter, (O, 1, ...), or of all."""
+    return values.mean() if scale == "layer" else values.mean(list(range(1, values.dim())), keepdim=True)
+
+
+def check_binary(weights: str, scale: str) -> None:
+    """Refuse an unknown choice.
+
+    Raises:
+        OptionError: names it and what is allowed.
+    """
+    for name, value, allowed in (("weights", weights, get_args(Weights)), ("scale", scale, get_args(Scale))):
+        if value not in allowed:
+            raise OptionError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
