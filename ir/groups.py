@@ -319,6 +319,6 @@ def _gather(groups: Groups, free: IntArray, present: dict[int, IntArray]) -> Non
 def _title(slots: list[Slot], members: list[str]) -> str:
     """Name of a group: the layer whose output channels it holds."""
     for slot in slots:
-        if slot.dim == 0 and slot.name.endswith(".weight"):
-            return slot.name.removesuffix(".weight")
+        if (slot.dim, slot.name.rpartition(".")[2]) in ((0, "weight"), (2, "indices")):
+            return slot.name.rpartition(".")[0]
     return slots[0].name if slots else members[0]

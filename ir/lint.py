@@ -55,10 +55,10 @@ def _lint_layer(node: fx.Node, layer: nn.Module) -> None:
 
 def _stated(layer: nn.Module, side: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Channels that a layer states for one side, and those of the shape; equal numbers where it states none."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        rank = len(layer.kernel_size)
+    if hasattr(layer, "in_channels"):  # torch's convolutions, and fxpress's own
+        rank = len(layer.kernel_size)  # type: ignore[arg-type]
         return int(getattr(layer, f"{side}_channels")), shape[len(shape) - rank - 1]
-    if isinstance(layer, nn.Linear):
+    if hasattr(layer, "in_features"):
         return int(getattr(layer, f"{side}_features")), shape[-1]
     if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         return layer.num_features, shape[1]

@@ -31,6 +31,8 @@ HINTS: tuple[tuple[str, str], ...] = (
     ("runs along the channels", "An order among the channels forbids to leave some out; move it to another dimension."),
     ("statistics would change", "A batch norm in its place has statistics for each channel by itself; "
      "or cut it all the same (prune-channels: {norms: refit}): the norm then runs over the channels that stay."),
+    ("product-quantized layer", "Cut channels before they are quantized, or choose a width of sub-spaces that divides "
+     "the inputs that belong to one channel."),
     ("computed from the input", "The weight has no channels of its own to cut; cut the layers around it."),
     ("parameter that is also", "Use separate parameters for the layer and for the value."),
     ("together", "One of them cannot go alone, as shuffles, halves or shared layers give each of them to all others; "

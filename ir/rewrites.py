@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from .errors import CutError
 from .graph import TensorSpec
-from .labels import IntArray
+from .labels import IntArray, Slot
 from .nodes import arguments, operand, set_argument, shape_of
 
 if TYPE_CHECKING:
@@ -65,9 +65,22 @@ def _fit_prelu(layer: Any, _cut: Cut, _node: fx.Node) -> None:
     layer.num_parameters = layer.weight.shape[0]
 
 
-def _fit_mask(layer: Any, _cut: Cut, _node: fx.Node) -> None:
-    if hasattr(layer, "mask"):  # ChannelMask, SelectionMask: fxpress.runtime, which this package may not import
+def _fit_own(layer: Any, cut: Cut, node: fx.Node) -> None:
+    """Layers of fxpress.runtime, which this package may not import."""
+    if hasattr(layer, "mask"):  # ChannelMask, SelectionMask
         layer.channels = layer.mask.shape[0]
+    if hasattr(layer, "codebook"):  # PQLinear, PQConv2d
+        _fit_quantized(layer, cut, node)
+
+
+def _fit_quantized(layer: Any, cut: Cut, node: fx.Node) -> None:
+    """Outputs are columns of the indices; inputs the sub-spaces that stay, of which the last may be ragged."""
+    old: Any = cut.groups.graph.layer(node)
+    widths = np.full(len(old.codebook), old.subspace)
+    widths[-1] = old.last_width
+    slot = cut.labels.slots.get(Slot(cut.labels.first_name(f"{node.target}.codebook"), 0))
+    stays = slice(None) if slot is None else cut.stays(cut.groups.vector(slot))
+    layer.fit(inputs=int(widths[stays].sum()), outputs=layer.indices.shape[2])
 
 
 FITS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
@@ -78,7 +91,7 @@ FITS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {
     (nn.LayerNorm, nn.RMSNorm): _fit_layer_norm,
     nn.modules.batchnorm._NormBase: _fit_batch_norm,
     nn.PReLU: _fit_prelu,
-    nn.Module: _fit_mask,
+    nn.Module: _fit_own,
 }
 
 

@@ -5,6 +5,7 @@
     along         pooling, softmax, reductions: channels pass, or are tied where the op mixes them
     norms         channel by channel, group by group, or over all channels
     producers     convolution, linear, embedding: read channels, give out fresh atoms
+    quantized     product-quantized layers: producers that read whole sub-spaces of channels
     contractions  matmul, einsum, attention: the dimensions that they sum over are united
 
 An operation in none of them pins what it reads and is named: it never guesses. How to add one: a function
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .families import along, contractions, movement, norms, producers
+from .families import along, contractions, movement, norms, producers, quantized
 from .families.pointwise import pointwise
 from .graph import TensorSpec
 from .labels import Labels
@@ -75,6 +76,8 @@ LAYERS: dict[str, LayerRule] = {
     **_rows(producers.convolution_layer, "Conv{}d ConvTranspose{}d", suffixes=(1, 2, 3)),
     "Linear": producers.linear_layer,
     "Embedding": producers.embedding_layer,
+    "PQLinear": quantized.product_quantized_linear,
+    "PQConv2d": quantized.product_quantized_convolution,
     **_rows(_BATCH, "BatchNorm{}d InstanceNorm{}d", suffixes=(1, 2, 3)),
     "GroupNorm": norms.group_norm_layer,
     **_rows(norms.layer_norm_layer, "LayerNorm RMSNorm"),

@@ -68,6 +68,11 @@ class PQConv2d(PQLayer):
         """Input channels of one group."""
         return self.in_channels // self.groups
 
+    def fit(self, inputs: int, outputs: int) -> None:
+        """State the sizes of tensors that were cut."""
+        self.forget()
+        self.in_channels, self.out_channels = inputs * self.groups, outputs
+
     def decoded(self) -> Tensor:
         """The dense weight `(out, in / groups, kh, kw)`, differentiable in the codebook."""
         weight = super().decoded()

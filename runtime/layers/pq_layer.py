@@ -83,6 +83,10 @@ class PQLayer(nn.Module):
         """Inputs that the last sub-space covers, 1..d."""
         return self.inputs - (self.codebook.shape[0] - 1) * self.subspace
 
+    def fit(self, inputs: int, outputs: int) -> None:
+        """State the sizes of tensors that were cut: inputs of one group, outputs of all."""
+        raise NotImplementedError
+
     # -- weights --------------------------------------------------------------------------------------------
 
     def stored_codebook(self) -> Tensor:
@@ -102,6 +106,10 @@ class PQLayer(nn.Module):
         """
         if self.kernel != "decode":
             self._prepare()
+
+    def forget(self) -> None:
+        """Drop what evaluation has prepared."""
+        self._prepared = None
 
     def _layout(self) -> Tensor:
         """The indices in the order in which the kernels read them."""
@@ -140,6 +148,11 @@ class PQLayer(nn.Module):
 
     def _tables(self) -> tuple[Tensor, ...]:
         return kernels.prepare_codebook(self.stored_codebook()), self._layout()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("codebook", "indices"):
+            self._prepared = None
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> PQLayer:
         """As torch; training drops what evaluation has prepared."""

@@ -46,6 +46,11 @@ class PQLinear(PQLayer):
         """Number of inputs."""
         return self.in_features
 
+    def fit(self, inputs: int, outputs: int) -> None:
+        """State the sizes of tensors that were cut."""
+        self.forget()
+        self.in_features, self.out_features = inputs, outputs
+
     def decoded(self) -> Tensor:
         """The dense weight `(out, in)`, differentiable in the codebook."""
         return super().decoded().squeeze(2)
