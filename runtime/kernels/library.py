@@ -19,6 +19,9 @@ _ABI = 1
 # another build of the library to load, for example one with a sanitizer
 _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None
+# arguments of the functions: p a pointer, l an int64_t, i an int
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+_SIGNATURES = {"fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii"}
 
 
 @cache
@@ -31,6 +34,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(path))
         library.fxpress_message.restype = ctypes.c_char_p
+        for name, kinds in _SIGNATURES.items():
+            getattr(library, name).argtypes = [_KINDS[kind] for kind in kinds]
         if library.fxpress_abi() != _ABI:
             return None, f"{path} belongs to another version of fxpress. Install fxpress once more"
     except (OSError, AttributeError) as error:

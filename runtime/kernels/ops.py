@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import KernelError
-from . import reference
+from . import library, reference
 
 _TABLES = ("fp32", "int16", "int8")
 _LIBRARY = torch.library.Library("fxpress", "FRAGMENT")
@@ -43,7 +43,37 @@ def _check(x: Tensor, codebook: Tensor, bias: Tensor | None, outputs: int, table
 
 def _pq_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:
     _check(x, codebook, bias, out, tables, x.shape[-1])
-    return reference.pq_linear(x, codebook, layout, bias, out, tables)
+    found = library.library()
+    if found is None:
+        return reference.pq_linear(x, codebook, layout, bias, out, tables)
+    x, (codebook, dims_major), layout = x.contiguous(), _as_blocks(codebook), layout.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    status = found.fxpress_pq_linear(
+        x.data_ptr(),
+        y.numel() // out,
+        x.shape[-1],
+        codebook.data_ptr(),
+        *codebook.shape,
+        dims_major,
+        layout.data_ptr(),
+        layout.numel(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        out,
+        _TABLES.index(tables),
+        torch.get_num_threads(),
+        library.isa_number(),
+    )
+    library.check(status)
+    return y
+
+
+def _as_blocks(codebook: Tensor) -> tuple[Tensor, bool]:
+    """A codebook without gaps, and whether its code words are adjacent (`prepare_codebook`)."""
+    if codebook.transpose(1, 2).is_contiguous():
+        return codebook, True
+    return codebook.contiguous(), False
 
 
 def _fake_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:

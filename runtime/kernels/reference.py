@@ -9,9 +9,9 @@ tables have the same bits on every machine. `tables="int16"` and `"int8"` round 
 
     q[m, k] = round((L[m, k] - o[m]) / s),    o[m] = the middle of table m,    s = max_m half the range of table m / Q
 
-(Q = 127 or 32767, less where 32 bits could overflow), add the q exactly as integers and give y = s sum q + sum o + bias.
-An image whose tables are not finite, or whose range is too small or too large for s, takes the float32 tables: infinite
-and NaN inputs give what decode-and-compute gives.
+(Q = 127 or 32767, less where 32 bits could overflow), add the q exactly as integers: y = s sum q + sum o + bias.
+An image with an entry beyond 1e30, infinite or NaN, or with ranges below 1e-30, takes the float32 tables: infinite and
+NaN inputs give what decode-and-compute gives.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import layout as layouts
 
 Tables = Literal["fp32", "int16", "int8"]
 LEVELS: Final = {"int16": 32767, "int8": 127}
-# half ranges between which the scale and its reciprocal are normal numbers; the same in csrc/pq_tables.h
+# bounds of the half range and of the entries between which an image is rounded; the same in csrc/pq.h
 SMALLEST, LARGEST = 1e-30, 1e30
 
 
@@ -67,8 +67,8 @@ def quantize(table: Tensor, top: int) -> Quantized:
     offsets = (low + high) * 0.5
     half = (high - low) * 0.5
     largest = half.flatten(1).amax(1)
-    finite = torch.isfinite(table).flatten(1).all(1)
-    exact = ~finite | ~((largest == 0) | ((largest >= SMALLEST) & (largest <= LARGEST)))
+    ordinary = (table.abs() <= LARGEST).flatten(1).all(1)
+    exact = ~ordinary | ~((largest == 0) | (largest >= SMALLEST))
     safe = torch.where(exact | (largest == 0), torch.ones_like(largest), largest)
     shape = (-1, *[1] * (table.dim() - 1))
     inverse = (torch.tensor(float(top)) / safe).view(shape)

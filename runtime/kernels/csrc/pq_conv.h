@@ -1,0 +1,113 @@
+// Product-quantized convolution: what its portable driver (pq_conv.cpp) and its inner loops (pq_conv_*.cpp) share.
+//
+// Tables are integers of a known width, so that every instruction set and the reference in Python give the same bits:
+//
+//   s = round(x * fs), c = round(D * fd)   16-bit numbers of at most sample_top and code_top
+//   a = sum_j c_j s_j                      32 bits, exact
+//   "int8":  u = 64 + ((a >> shift) * multiplier + 2^14 >> 15)                      0..127, one byte
+//   "int16": u = 8192 + round(float(a) * factor)                                    0..16383, two planes of 7 bits
+//
+// with shift, multiplier and factor such that the largest |a| of the image just fits. Sums of u are exact.
+#pragma once
+
+#include "layout.h"
+
+namespace fx {
+
+constexpr int64_t BLOCK = 64;         // output channels that are computed together
+constexpr int64_t SUM_LIMIT = 516;    // 7-bit numbers whose sum fits 16 bits: 516 * 127 < 2^16
+constexpr int32_t MIDDLE = 64;        // the entry that stands for 0
+constexpr int64_t STEP_BYTES = 2048;  // room for one list of steps in accumulate()
+
+// The shape of one call. Strides and sizes are in elements.
+struct ConvShape {
+    int64_t images, channels, height, width, outputs;
+    int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
+    int64_t out_height, out_width;
+    int64_t subspaces, codewords, subwidth;
+    int64_t group_channels, group_outputs;
+};
+
+// How tables and indices lie in memory. A term is `gang` neighbouring sub-spaces whose tables one instruction reads.
+struct ConvTables {
+    int64_t gang;         // sub-spaces per term: 1, 2 or 4
+    int64_t entries;      // code words, at least 16: bytes of one table
+    int64_t terms;        // ceil(subspaces / gang)
+    int64_t term_bytes;   // gang * entries
+    int64_t pairs;        // ceil(subwidth / 2): 32-bit words of two 16-bit samples
+    int64_t columns;      // table columns of a row: those that some tap reads, and padding
+    int64_t blocks;       // ceil(group_outputs / BLOCK)
+    int64_t lane_chunk;   // entries that build() makes at once: 4 vectors of 32-bit lanes
+    int64_t acc_bytes;    // accumulators of BLOCK channels of one pixel: 2 bytes each, or 4 where gang is 4
+};
+
+// One row of tables to build, of one group.
+struct BuildJob {
+    const int32_t* codebook;       // [term][chunk of 64, 32 or 16 bytes][pair][4][lane], two 16-bit numbers each
+    const int32_t* const* planes;  // [terms * gang * pairs] -> samples of the row, one word per input column
+    const int32_t* inputs;         // input column of each table column that is to be built
+    const int32_t* targets;        // its table column
+    int64_t count;
+    uint8_t* tables[2];            // [term][column][term_bytes] of the low (or only) and the high plane
+    int wide;                      // 0: 7-bit entries; 1: 14 bits in two planes
+    int shift, multiplier;
+    float factor;
+};
+
+// One step of a sum: offsets in bytes from the tables of a kernel row and from the indices of a kernel row.
+struct ConvStep {
+    int32_t table, index;
+};
+
+// Adds the table entries of some kernel rows to the accumulators of one row of output pixels, all blocks of a group.
+struct SumJob {
+    const uint8_t* const* rows;   // [row_count] tables of the input row that a kernel row reads
+    const uint8_t* const* index;  // [row_count] indices of block 0, that kernel row
+    int64_t row_count;
+    const ConvStep* steps;
+    int64_t step_count;
+    int64_t index_block;          // bytes from one block's indices to the next one's
+    int64_t table_step;           // bytes between the tables of neighbouring output pixels
+    int64_t pixels;
+    uint8_t* acc;                 // [block][pixel][acc_bytes]
+};
+
+// The inner loops of one instruction set.
+struct ConvKernels {
+    int64_t lanes;                            // 32-bit lanes of a vector
+    void (*choose)(ConvTables* tables);       // sets gang, given entries
+    uint32_t (*largest)(const float* x, int64_t count);  // the largest bit pattern of |x|
+    // even and odd (may be nullptr: zeros) channels -> words of two 16-bit samples
+    void (*samples)(const float* even, const float* odd, int64_t count, float scale, int32_t* words);
+    // sum of squares of `pairs` planes, `stride` words apart, times `scale` -> bounds; returns the largest
+    float (*bounds)(const int32_t* words, int64_t stride, int64_t pairs, int64_t count, float scale, float* bounds);
+    // largest |a| of one term's tables at one pixel; plane pointers as in BuildJob, column of that pixel
+    int32_t (*peak)(const ConvTables* tables, const int32_t* codebook, const int32_t* const* planes, int64_t column);
+    void (*build)(const ConvTables* tables, const BuildJob* job);
+    void (*accumulate)(const ConvTables* tables, const SumJob* job);
+    // accumulators of one block -> sums (or += where `add`), int32 [pixel][BLOCK], channels in order
+    void (*decode)(const ConvTables* tables, const uint8_t* acc, int64_t pixels, int32_t* sums, int add);
+    // (sums + high * 128 - constant) * unit + bias -> y[pixel][BLOCK]; high may be nullptr
+    void (*finish)(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
+                   const float* bias, float* y);
+    // y[column * y_stride + row] = x[row * x_stride + column]
+    void (*transpose)(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride);
+};
+
+extern const ConvKernels conv_portable, conv_avx2, conv_avx512;
+
+// Lane of a codebook vector -> code word within a chunk, such that packing 4 vectors to bytes gives code words in order.
+static inline int64_t chunk_entry(int64_t vector, int64_t lane) { return lane / 4 * 16 + vector * 4 + lane % 4; }
+
+// Byte of a term's tables in which code word k of its sub-space `sub` lies.
+static inline int64_t term_byte(int64_t gang, int64_t entries, int64_t sub, int64_t k) {
+    return gang == 4 ? k / 16 * 64 + k / 4 % 4 * 16 + sub * 4 + k % 4 : sub * entries + k;
+}
+
+// Lane of an index vector -> sub-space of its term and channel of its block.
+static inline int64_t lane_sub(int64_t gang, int64_t lane) { return lane % gang; }
+static inline int64_t lane_channel(int64_t gang, int64_t vector, int64_t lane) {
+    return gang == 1 ? lane / 2 + lane % 2 * 32 : vector * (BLOCK / gang) + lane / gang;
+}
+
+}  // namespace fx
