@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from ...runtime.training.share import make_accelerator
@@ -44,6 +44,18 @@ def shared_list(value: T) -> list[T]:
         return [value]
     values: list[T] = gather_object([value])
     return values
+
+
+def first_ones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of the first process, in all of them: for what is computed from equal numbers and must not differ.
+
+    Args:
+        tensors: as many, of the same shapes and types, in every process.
+    """
+    accelerator = processes()
+    if accelerator.num_processes == 1:
+        return list(tensors)
+    return [broadcast(tensor.contiguous().to(accelerator.device)).to(tensor.device) for tensor in tensors]
 
 
 def _reduced(accelerator: Accelerator, tensor: Tensor) -> Tensor:

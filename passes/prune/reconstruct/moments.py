@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SecondMoments:
-    """Gram matrices in double precision, with a column of ones behind the features: [X 1].
+    """Gram matrices, by default in double precision, with a column of ones behind the features: [X 1].
 
     Per group G = [X 1]ᵀ [X 1], shape (groups, F + 1, F + 1), H = [X 1]ᵀ Y, (groups, F + 1, O), and the energy ΣY² of
     all, (1,), are sums over rows, so that those of parts of the data add up to those of all. Rows are never kept.
@@ -17,12 +17,18 @@ class SecondMoments:
         features: F, of one group.
         outputs: O, of one group.
         device: where the sums lie.
+        dtype: of sums and products; the energy is always summed in double precision.
+        crossed: without, H is 1ᵀ Y alone, (groups, 1, O): enough where Y is known to be X Wᵀ + b.
     """
 
-    def __init__(self, groups: int, features: int, outputs: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, groups: int, features: int, outputs: int, device: torch.device | None = None, *,
+        dtype: torch.dtype = torch.float64, crossed: bool = True,
+    ) -> None:  # fmt: skip
         size = features + 1
-        self.gram = torch.zeros(groups, size, size, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(groups, size, outputs, dtype=torch.float64, device=device)
+        self.crossed = crossed
+        self.gram = torch.zeros(groups, size, size, dtype=dtype, device=device)
+        self.cross = torch.zeros(groups, size if crossed else 1, outputs, dtype=dtype, device=device)
         self.energy = torch.zeros(1, dtype=torch.float64, device=device)
 
     @staticmethod
@@ -32,11 +38,12 @@ class SecondMoments:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows X (M, groups, F) and Y (M, groups, O) of any floating-point type."""
-        ones = x.new_ones(*x.shape[:2], 1, dtype=torch.float64)
-        wide, target = torch.cat([x.double(), ones], 2).transpose(0, 1), y.double().transpose(0, 1)
-        self.gram += wide.mT @ wide
-        self.cross += wide.mT @ target
-        self.energy += target.square().sum()
+        dtype = self.gram.dtype
+        ones = x.new_ones(*x.shape[:2], 1, dtype=dtype)
+        wide, target = torch.cat([x.to(dtype), ones], 2).transpose(0, 1), y.to(dtype).transpose(0, 1)
+        self.gram.baddbmm_(wide.mT, wide)
+        self.cross.baddbmm_((wide if self.crossed else wide[:, :, -1:]).mT, target)
+        self.energy += target.square().sum(dtype=torch.float64)
 
     @property
     def tensors(self) -> list[Tensor]:

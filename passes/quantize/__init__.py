@@ -1,0 +1,1 @@
+"""Passes that keep weights in fewer bits."""

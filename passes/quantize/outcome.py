@@ -1,0 +1,69 @@
+"""What quantisation did to each layer and to all of them: sentences and numbers for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .plan import Job
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One layer.
+
+    Attributes:
+        layer: its path.
+        subspace: inputs per sub-space, d.
+        codewords: per sub-space, K.
+        codebook: what a file keeps of the codewords.
+        dense_bytes: of its weight before.
+        bytes: of codebook and packed indices.
+        weight_error: ‖W − Ŵ‖ / ‖W‖ of the weight as it is stored.
+        before: relative error ‖Y − X Ŵ‖ / ‖Y‖ of plain k-means on the calibration data; None without data.
+        after: the same behind error correction, with codewords as they are stored.
+        errors: what error correction minimises, to begin with and behind each sweep, in the same unit: the error of
+            the response and λ ‖W − Ŵ‖².
+        place: where a new constant went: `bias`, `running mean`, `new bias`, or `unchanged`.
+    """
+
+    layer: str
+    subspace: int
+    codewords: int
+    codebook: str
+    dense_bytes: int
+    bytes: int
+    weight_error: float
+    before: float | None = None
+    after: float | None = None
+    errors: list[float] = field(default_factory=list)
+    place: str = "unchanged"
+
+
+def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job], correction: str, images: int) -> list[str]:
+    """Sentences for the report."""
+    if not outcomes:
+        return ["no layer was quantised"]
+    dense, small = sum(o.dense_bytes for o in outcomes), sum(o.bytes for o in outcomes)
+    settings = {f"d={o.subspace}, K={o.codewords}" for o in outcomes}
+    how = f" ({'; '.join(sorted(settings))})" if len(settings) <= 3 else ""
+    notes = [
+        f"{len(jobs)} layers as codebooks and indices{how}: {dense:,} → {small:,} bytes of weights, "
+        f"{dense / small:.1f} times smaller"
+    ]
+    pairs = [(o.before, o.after) for o in outcomes if o.before is not None and o.after is not None]
+    if pairs:
+        first, last = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        inputs = "the quantised layers before" if correction == "accumulated" else "the original network"
+        notes.append(
+            f"error correction on {images:,} images, inputs from {inputs}: mean relative error of the responses "
+            f"{first:.3f} → {last:.3f}"
+        )
+    return notes
+
+
+def numbers(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Numbers for the report, as JSON values."""
+    dense, small = sum(o.dense_bytes for o in outcomes), sum(o.bytes for o in outcomes)
+    return {"layers": [asdict(outcome) for outcome in outcomes], "weight_bytes": {"before": dense, "after": small}}
