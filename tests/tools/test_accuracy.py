@@ -62,6 +62,11 @@ class TestProtocols:
             load_protocol(tmp_path / "bad.yaml")
         with pytest.raises(OptionError, match="a goal names 'KD'; rows: magnitude"):
             protocol(goals=[{"row": "KD"}])
+        rows = [{"name": "a", "after": "b"}, {"name": "b"}]
+        with pytest.raises(OptionError, match="'a' goes on from 'b', which is no row before it"):
+            protocol(rows=rows, goals=[])
+        with pytest.raises(OptionError, match="no column 'size'; columns: MACs"):
+            page(protocol(columns=["size"]), {}, header(0), [])
         with pytest.raises(OptionError, match="no network 'big'; networks: base"):
             protocol(model="big")
         with pytest.raises(OptionError, match=r"no weights some\.pth in None.*--weights"):
@@ -192,6 +197,24 @@ class TestRun:
         times = read_latency(bench)[plan.rows[0].name]
         assert set(times) == {"latency_1"}
         assert all(value > 0 for value in times.values())
+
+    def test_a_row_goes_on_from_another(self, folder, tmp_path):
+        one, tune = protocol().rows[0], protocol().rows[0].passes[1]
+        cut = one.model_copy(update={"passes": one.passes[:1], "name": "cut"})
+        tuned = one.model_copy(update={"passes": (tune,), "name": "tuned", "after": "cut"})
+        plan = protocol(seeds=[0], rows=[cut, tuned], goals=[], columns=["times smaller", "accuracy, %", "file, kB"])
+        bench = self.bench(plan, tmp_path, folder)
+        bench.measure([tuned])  # the row before it is measured as well
+        first, second = (bench.facts(case, 0) for case in plan.rows)
+        assert second["accuracy_before_training"] == first["accuracy"]
+        assert second["macs"] == first["macs"] < 1
+        assert second["size_bytes"] < 1.05 * first["size_bytes"]
+        text = page(plan, accuracy_run.records_of(bench), header(0), [])
+        assert "|  | times smaller | accuracy, % | file, kB |" in text
+        assert f"| cut | {1 / first['bytes']:.1f} | {100 * first['accuracy']:.2f} |" in text
+        other = cut.model_copy(update={"passes": ({"prune-channels": {"ratio": 0.2}},)})
+        changed = self.bench(plan.model_copy(update={"rows": (other, tuned)}), tmp_path, folder)
+        assert changed.facts(tuned, 0) is None  # it would have started from another network
 
     def test_quick_is_the_same_table_on_few_images(self):
         small = accuracy.shrunk(protocol())

@@ -26,8 +26,7 @@ def measure_latency(bench: Bench) -> None:
         seed = bench.protocol.seeds[0]
         if bench.facts(case, seed) is None:
             continue
-        last = max(bench.workdir(case, seed).glob("*.fxp"))  # they are numbered
-        graph = compile_network(load(last), ["emit"], bench.image, verify=False).graph
+        graph = compile_network(load(bench.result(case, seed)), ["emit"], bench.image, verify=False).graph
         times[case.name] = {"latency_1": latency_ratio(graph, base, bench.image).ratio}
         bench.console.print(f"{case.name}: {times[case.name]}")
     write_atomically(bench.folder / "latency.json", [json.dumps(times, indent=1).encode()])

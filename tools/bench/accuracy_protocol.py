@@ -76,6 +76,8 @@ class Case(_Passes):
     """Instead of passes: one of the pipelines that come with fxpress, as it is."""
     model: str | None = None
     """The network to work on, if it is another than the other rows'."""
+    after: str | None = None
+    """A row whose result is what the passes work on, instead of a network."""
     peer: Cut | None = None
     """Cut with Torch-Pruning's group norm pruner before the passes."""
     record: bool = True
@@ -123,6 +125,8 @@ class Protocol(Options):
     seeds: tuple[int, ...] = (0,)
     rows: tuple[Case, ...] = ()
     goals: tuple[Goal, ...] = ()
+    columns: tuple[str, ...] = ()
+    """What the page shows, by the titles of `accuracy_report.COLUMNS`; those of shares and points if none."""
     ratios: bool = False
     """Measure how well ratios of the teacher's non-target probabilities are learned."""
     correlation: Correlation | None = None
@@ -137,6 +141,9 @@ class Protocol(Options):
         names = [row.name for row in self.rows]
         if len(set(names)) < len(names):
             raise InvalidOptionError(f"two rows have one name: {', '.join(names)}")
+        for index, row in enumerate(self.rows):
+            if row.after is not None and row.after not in names[:index]:
+                raise InvalidOptionError(f"{row.name!r} goes on from {row.after!r}, which is no row before it")
         for goal in self.goals:
             for name in (goal.row, goal.than):
                 if name not in (*names, BASE):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from ...ir.errors import OptionError
 from .accuracy_data import LABELS
 from .accuracy_protocol import BASE, Goal, Protocol
 from .common import Row, pretty
@@ -29,7 +30,9 @@ METRICS: dict[str, tuple[str, float]] = {
     "latency_1": ("of the base, batch 1, 1 thread, both emitted", 1.0),
     "ratio_error": ("nats", 1.0),
     "ratio_rank": ("Spearman", 1.0),
+    "size_bytes": ("bytes", 1.0),
     "seconds": ("s", 1.0),
+    "cpu_seconds": ("s of CPU time", 1.0),
 }
 """Metric → unit, and the factor to it."""
 
@@ -71,13 +74,23 @@ def mean(facts: list[Facts], metric: str) -> float:
 def page(protocol: Protocol, records: Records, head: Row, goals: list[Row]) -> str:
     """The table of a protocol's rows as Markdown, with what was to be reached."""
     base = mean(records[BASE], "accuracy") if records.get(BASE) else float("nan")
-    columns = [name for name, fill in _COLUMNS.items() if any(fill(facts, base) for facts in records.values())]
+    columns = _columns(protocol, records, base)
     lines = [["", *columns]]
     for name, facts in records.items():
-        lines.append([name, *(_COLUMNS[column](facts, base) for column in columns)])
+        lines.append([name, *(COLUMNS[column](facts, base) for column in columns)])
     judged = [["row", "goal", "reached", "met"]]
     judged += [[row.metric, row.goal or "", f"{pretty(row.value)} {row.unit}", pretty(row.met)] for row in goals]
     return _framed(protocol, head, [grid(lines), *(["## Goals", grid(judged)] if goals else [])])
+
+
+def _columns(protocol: Protocol, records: Records, base: float) -> list[str]:
+    """Those that the protocol wants, or those of `USUAL` in which something would stand."""
+    unknown = [name for name in protocol.columns if name not in COLUMNS]
+    if unknown:
+        raise OptionError(f"there is no column {unknown[0]!r}; columns: {', '.join(COLUMNS)}")
+    if protocol.columns:
+        return list(protocol.columns)
+    return [name for name in USUAL if any(COLUMNS[name](facts, base) for facts in records.values())]
 
 
 def correlation_rows(found: list[Facts]) -> list[Row]:
@@ -133,7 +146,19 @@ def _against_base(facts: list[Facts], base: float) -> str:
     return "" if value != value else f"{value:+.2f}"
 
 
-_COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
+def _times_smaller(facts: list[Facts], _: float) -> str:
+    return f"{1 / mean(facts, 'bytes'):.1f}"
+
+
+def _whole(metric: str, unit: float) -> Callable[[list[Facts], float], str]:
+    def cell(facts: list[Facts], _: float) -> str:
+        value = mean(facts, metric) / unit
+        return "" if value != value else f"{value:,.0f}"
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
     "MACs": _share("macs"),
     "parameters": _share("parameters"),
     "bytes": _share("bytes"),
@@ -144,4 +169,8 @@ _COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
     "ratio error": _share("ratio_error"),
     "ratio rank": _share("ratio_rank"),
     "seeds": lambda facts, _: str(len(facts)),
+    "file, kB": _whole("size_bytes", 1000),
+    "times smaller": _times_smaller,
+    "CPU seconds": _whole("cpu_seconds", 1),
 }
+USUAL = tuple(COLUMNS)[: list(COLUMNS).index("seeds") + 1]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ...ir.trace import trace
-from ...passes.compile import Compiled
+from ...passes.compile import Compiled, load
 from ...passes.compile import compile as compile_network
 from ...passes.prune.criteria.oracle import rank_correlation
 from ...runtime.atomic import write_atomically
@@ -56,15 +56,15 @@ class Bench:
         self.measure_base()
         for seed in self.protocol.seeds:
             for case in cases:
-                if self.facts(case, seed) is None:
-                    self._measure(case, seed)
+                self._need(case, seed)
 
     def measure_base(self) -> None:
         """Accuracy and size of the network that the rows are compared with."""
         place = self.folder / "base.json"
         if BASE in self.protocol.networks and _read(place, self._identity(BASE)) is None:
             row = compile_network(self.network(BASE, 0), [], self.image, data=self.data(0)).report.rows[0]
-            facts = {"accuracy": row.accuracy, "macs": 1.0, "parameters": 1.0, "bytes": 1.0}
+            facts = {"accuracy": row.accuracy, "size_bytes": row.size_bytes}
+            facts |= {"macs": 1.0, "parameters": 1.0, "bytes": 1.0}
             whole = {"whole": {"macs": row.macs, "parameters": row.parameters, "bytes": row.size_bytes}}
             _write(place, self._identity(BASE), facts | whole)
             self.console.print(f"base: {row.accuracy:.2%}, {row.macs:,} MACs, {row.parameters:,} parameters")
@@ -75,7 +75,7 @@ class Bench:
 
     def facts(self, case: Case, seed: int) -> Facts | None:
         """What was measured of a row, None where that is missing or belongs to another protocol."""
-        return _read(self.place(case, seed), self._identity(case.model_dump(mode="json")))
+        return _read(self.place(case, seed), self._identity(self._content(case)))
 
     @cached_property
     def image(self) -> Tensor:
@@ -121,9 +121,24 @@ class Bench:
         rows: list[Facts] = facts["rows"]
         return rows
 
-    def _measure(self, case: Case, seed: int) -> None:
-        place, started = self.place(case, seed), time.perf_counter()
-        model = self.network(case.model or self.protocol.model, seed)
+    def _need(self, case: Case, seed: int) -> Facts:
+        """Numbers of a row, measured if they are not there; the row that it goes on from comes first."""
+        if case.after is not None:
+            self._need(self._before(case), seed)
+        return self.facts(case, seed) or self._measure(case, seed)
+
+    def _before(self, case: Case) -> Case:
+        return next(row for row in self.protocol.rows if row.name == case.after)
+
+    def _start(self, case: Case, seed: int) -> nn.Module:
+        """What the passes of a row work on."""
+        if case.after is None:
+            return self.network(case.model or self.protocol.model, seed)
+        return load(self.result(self._before(case), seed)).module
+
+    def _measure(self, case: Case, seed: int) -> Facts:
+        place, started, cpu = self.place(case, seed), time.perf_counter(), time.process_time()
+        model = self._start(case, seed)
         if case.peer is not None:
             from .accuracy_peer import prune_group_norm
 
@@ -136,24 +151,29 @@ class Bench:
         )  # fmt: skip
         if recorded is not None:
             recorded.keep()
-        facts = self._facts(case, compiled) | {"seconds": time.perf_counter() - started, "seed": seed}
+        spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+        facts = self._facts(case, compiled) | spent | {"seed": seed}
         if self.protocol.ratios:
             facts |= measure_ratios(compiled.module, teacher, self.data(seed))
-        _write(place, self._identity(case.model_dump(mode="json")), facts)
+        _write(place, self._identity(self._content(case)), facts)
         self.console.print(f"[bold]{case.name}, seed {seed}[/bold]", compiled.report)
+        return facts
 
     def _facts(self, case: Case, compiled: Compiled) -> Facts:
         """Numbers of a finished row, sizes as shares of the base's."""
         base, rows = self.base(), compiled.report.rows
         assert base is not None
         last, whole = rows[-1], base["whole"]
-        cut = [row.accuracy for row in rows if row.semantics == "lossy"] or ([rows[0].accuracy] if case.peer else [])
+        cut = [row.accuracy for row in rows if row.semantics == "lossy"]
+        if case.peer or case.after:
+            cut = cut or [rows[0].accuracy]
         return {
             "accuracy": last.accuracy,
             "accuracy_before_training": cut[-1] if cut and last.semantics == "training" else None,
             "macs": last.macs / whole["macs"],
             "parameters": last.parameters / whole["parameters"],
             "bytes": last.size_bytes / whole["bytes"],
+            "size_bytes": last.size_bytes,
             "notes": {row.name: row.notes for row in rows},
         }
 
@@ -164,7 +184,16 @@ class Bench:
 
     def workdir(self, case: Case, seed: int) -> Path:
         """Folder in which a row's networks are kept: another one where the protocol is another."""
-        return self.place(case, seed).with_suffix(f".{self._identity(case.model_dump(mode='json'))}")
+        return self.place(case, seed).with_suffix(f".{self._identity(self._content(case))}")
+
+    def result(self, case: Case, seed: int) -> Path:
+        """File of a finished row's network."""
+        return max(self.workdir(case, seed).glob("*.fxp"))  # they are numbered
+
+    def _content(self, case: Case) -> Any:
+        """What a row's numbers depend on, and so what its files are named after."""
+        content = case.model_dump(mode="json", exclude={"after"})
+        return content if case.after is None else [content, self._content(self._before(case))]
 
     def _identity(self, part: Any) -> str:
         plan = self.protocol
