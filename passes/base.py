@@ -123,6 +123,10 @@ class Pass(Options):
         """First line of the docstring."""
         return (cls.__doc__ or "").strip().partition("\n")[0]
 
+    def meaning(self) -> Semantics:
+        """What it does to the function with these options."""
+        return self.semantics
+
     def needed(self) -> tuple[str, ...]:
         """The parts of the data without which it cannot run with these options."""
         return self.needs

@@ -133,7 +133,7 @@ class _Run:
             workdir=self.workdir.scratch(index) if self.workdir else None,
         )
         # a pass that trains shows a progress bar of its own
-        waiting = nullcontext() if one.semantics is TRAINING else context.console.status(one.name)
+        waiting = nullcontext() if one.meaning() is TRAINING else context.console.status(one.name)
         with waiting:
             result, seconds = run_pass(one, self.graph, context)
         row = self.measurements.row(one, self.graph, result, seconds)

@@ -47,7 +47,7 @@ class Measurements:
         """The network behind one pass."""
         row = Row(
             one.name,
-            one.semantics.value,
+            one.meaning().value,
             one.settings(),
             distance=result.distance,
             seconds=seconds,

@@ -7,23 +7,34 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from ...ir.graph import Graph
-from ..base import EXACT, Context, Pass, PassResult, Semantics
+from ...ir.verify import prove_equal
+from ..base import EXACT, LOSSY, Context, Pass, PassResult, Semantics
 from ..batch import example_batch
+from ..clone import clone_graph
 from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
-from .layout import Choice, choose_layout, set_channels_last
+from .kernels import Tables, metrics_of, notes_of
+from .layout import Choice, choose_layout
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class Emit(Pass):
-    """Turn the graph into what runs: folded, without dropout, in the memory layout that is faster.
+    """Turn the graph into what runs: folded, without dropout, in the memory layout and by the kernels that are faster.
 
-    Batch norms and channel masks are folded into the layers before them, and dropout goes.
+    Batch norms and channel masks are folded into the layers before them, and dropout goes. A batch norm behind a
+    product-quantized layer stays: outputs share codewords, so that none of them can have a factor of its own.
 
     The layout is measured and not assumed: both are timed in turns on the example inputs, and channels-last (NHWC in
     memory, the shapes stay) is taken where it saves at least 3 %. Depthwise and narrow convolutions like it, networks
     that are mostly 1×1 convolutions on small maps may not, and which is which depends on the machine.
+
+    A product-quantized layer can run in two ways: with its weight decoded once, as the dense layer that it replaces, or by
+    tables of the products of its input with the codewords, in which the indices look up what to add. `kernels: auto`
+    times both on the input that the layer gets in this network, in either layout, and keeps the faster one. The sums of
+    `tables: fp32` are those of the decoded weight but for rounding; int16 and int8 tables are faster and move the outputs:
+    `emit` is then a lossy pass, everything else that it does is proven before, and the distance is reported for each
+    layer and for the network.
 
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.
@@ -36,28 +47,42 @@ class Emit(Pass):
     """What will run the network: `torch`, or `auto` for the best one that there is."""
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     """Memory layout of images; `auto` measures both."""
+    kernels: Literal["auto", "dense", "table"] = "auto"
+    """How product-quantized layers run: decoded to dense weights, by table, or what is faster on each (`auto`)."""
+    tables: Tables = "fp32"
+    """Numbers in the tables of layers that run by table; other than fp32 they change the outputs."""
+
+    def meaning(self) -> Semantics:
+        """Lossy where tables are quantised, exact otherwise."""
+        return EXACT if self.tables == "fp32" else LOSSY
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Fold, drop, lay out."""
+        """Fold, drop, prove, lay out and choose kernels."""
+        before = clone_graph(graph) if context.verify and self.meaning() is LOSSY else None
         masks, _ = fold_masks(graph, self.name)  # those between a layer and its batch norm
         result = FoldBatchnorm().run(graph, context)
         more, skips = fold_masks(graph, self.name)
         masks += more
         result.skips += skips
         dropouts = remove_dropout(graph, self.name)
+        if before is not None:
+            result.metrics["exact_distance"] = prove_equal(before, graph)
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
-        choice = self._lay_out(graph, context)
-        result.notes += [f"engine torch, {choice.reason}"]
-        result.metrics |= {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
+        self._tell(self._lay_out(graph, context), result)
         return result
 
     def _lay_out(self, graph: Graph, context: Context) -> Choice:
-        choice = choose_layout(graph, self.layout, example_batch(graph, context.inputs))
-        if choice.layout == "channels-last":
-            set_channels_last(graph, self.name)
+        batch = example_batch(graph, context.inputs)
+        choice = choose_layout(graph, self.layout, batch, self.kernels, self.tables)
         graph.module.eval()
         return choice
+
+    def _tell(self, choice: Choice, result: PassResult) -> None:
+        result.notes += [*notes_of(choice.kernels), f"engine torch, {choice.reason}"]
+        result.metrics |= {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
+        if choice.kernels:
+            result.metrics["kernels"] = metrics_of(choice.kernels)
 
 
 def remove_dropout(graph: Graph, author: str) -> int:

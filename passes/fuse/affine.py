@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...ir.graph import Graph
+from ...runtime.layers.pq_layer import PQLayer
 
 Layers = tuple[type[nn.Module], ...]
 
@@ -60,6 +61,8 @@ def _also_read(source: fx.Node, reader: fx.Node) -> str:
 def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: int) -> str | None:
     """Why what `reader` does to the channels of `source` cannot be folded into it."""
     layer = graph.layer(source)
+    if isinstance(layer, PQLayer):
+        return f"its input {source.name} is product-quantized: outputs share codewords, none has a factor of its own"
     if layer is None or not isinstance(layer, kinds):
         return f"its input {source.name} is no {_names(kinds)}"
     if len(source.users) > 1:
