@@ -95,9 +95,16 @@ def _pq_conv2d(
     tables: str,
 ) -> Tensor:
     _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
-    return reference.pq_conv2d(
+    y = reference.pq_conv2d(
         x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
     )
+    return y.contiguous(memory_format=_image_format(x))
+
+
+def _image_format(x: Tensor) -> torch.memory_format:
+    """Format of the outputs: that of the images, as torch's own convolutions do it."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _fake_conv2d(
@@ -117,7 +124,8 @@ def _fake_conv2d(
     size = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
-    return x.new_empty(x.shape[0], out_channels, *size)
+    y = x.new_empty(x.shape[0], out_channels, *size)
+    return y.contiguous(memory_format=_image_format(x))
 
 
 _LIBRARY.impl("pq_linear", _pq_linear, "CPU")
