@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from ...ir.errors import KernelError
 
@@ -127,7 +128,7 @@ def unpack(layout: Tensor) -> tuple[Header, Tensor]:
     return header, LAYOUTS[header.layout].unpack(header, layout[HEADER_BYTES:])
 
 
-def _plain_pack(header: Header, indices: Tensor) -> Tensor:
+def _plain_pack(_: Header, indices: Tensor) -> Tensor:
     return indices.contiguous().flatten()
 
 
@@ -135,9 +136,64 @@ def _plain_unpack(header: Header, payload: Tensor) -> Tensor:
     return payload.reshape(header.taps, header.subspaces, header.outputs)
 
 
+@dataclass(frozen=True)
+class _Panels:
+    """Layouts in panels of 256 outputs: a row holds one step over the sub-spaces for all outputs of its panel.
+
+    Attributes:
+        unit: outputs are padded to a multiple of it.
+        word: bytes of one step of one output.
+        most: largest number of code words.
+        fields: header -> (sub-spaces per step, bits of each).
+    """
+
+    unit: int
+    word: int
+    most: int
+    fields: Callable[[Header], tuple[int, int]]
+
+    def tap_bytes(self, header: Header) -> int:
+        if header.codewords > self.most:
+            return -1
+        steps = -(-header.subspaces // self.fields(header)[0])
+        return steps * -(-header.outputs // self.unit) * self.unit * self.word
+
+    def pack(self, header: Header, indices: Tensor) -> Tensor:
+        per_step, bits = self.fields(header)
+        padding = (0, -header.outputs % self.unit, 0, -header.subspaces % per_step)
+        fields = F.pad(indices, padding).long().unflatten(1, (-1, per_step))
+        words = (fields << (torch.arange(per_step) * bits).view(-1, 1)).sum(2)
+        rows = words.to(torch.int32).contiguous().view(torch.uint8).unflatten(-1, (-1, 4))[..., : self.word]
+        panels = [panel.flatten(1) for panel in rows.split(PANEL, dim=2)]
+        return torch.cat(panels, dim=1).flatten()
+
+    def unpack(self, header: Header, payload: Tensor) -> Tensor:
+        per_step, bits = self.fields(header)
+        steps, padded = -(-header.subspaces // per_step), -(-header.outputs // self.unit) * self.unit
+        panels = payload.view(header.taps, -1).split(PANEL * steps * self.word, dim=1)
+        rows = torch.cat([panel.reshape(header.taps, steps, -1, self.word) for panel in panels], dim=2).long()
+        words = (rows << (torch.arange(self.word) * 8)).sum(-1)
+        fields = words[:, :, None] >> (torch.arange(per_step) * bits).view(-1, 1)
+        indices = fields.reshape(header.taps, steps * per_step, padded) & (header.codewords - 1)
+        return indices[:, : header.subspaces, : header.outputs].to(torch.uint8)
+
+    def layout(self, name: str) -> Layout:
+        return Layout(name, self.tap_bytes, self.pack, self.unpack)
+
+
+PANEL = 256
 # one byte per index, in the order of the layer's own buffer
 PLAIN = 1
+# AVX-512, at most 32 code words: a 32-bit word per output holds 8 indices of 4 bits or 6 of 5
+LANES = 2
+# AVX-512 and AVX2: one byte per output
+ROWS = 3
+# AVX2, at most 16 code words: a byte per output holds two indices
+PAIRS = 4
 
 LAYOUTS: dict[int, Layout] = {
     PLAIN: Layout("plain", lambda header: header.subspaces * header.outputs, _plain_pack, _plain_unpack),
+    LANES: _Panels(16, 4, 32, lambda header: (8, 4) if header.codewords <= 16 else (6, 5)).layout("lanes"),
+    ROWS: _Panels(64, 1, 256, lambda header: (1, 8)).layout("rows"),
+    PAIRS: _Panels(32, 1, 16, lambda header: (2, 4)).layout("pairs"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import layout as layouts
+from .library import isa
 
 
 def prepare_linear(indices: Tensor, codewords: int, tables: str = "fp32") -> Tensor:
@@ -21,7 +22,16 @@ def prepare_linear(indices: Tensor, codewords: int, tables: str = "fp32") -> Ten
     Raises:
         KernelError: indices of another shape or type, or out of range.
     """
-    return layouts.pack(layouts.PLAIN, indices, codewords)
+    return layouts.pack(_linear_layout(codewords, tables, isa()), indices, codewords)
+
+
+def _linear_layout(codewords: int, tables: str, isa: str) -> int:
+    """Number of the layout that the kernels of an instruction set read the fastest."""
+    if isa == "avx512":
+        return layouts.LANES if codewords <= 32 else layouts.ROWS
+    if isa == "avx2":
+        return layouts.PAIRS if codewords <= 16 and tables != "fp32" else layouts.ROWS
+    return layouts.PLAIN
 
 
 def prepare_conv2d(indices: Tensor, codewords: int, tables: str = "fp32", groups: int = 1) -> Tensor:
