@@ -71,6 +71,8 @@ def _fit_own(layer: Any, cut: Cut, node: fx.Node) -> None:
         layer.channels = layer.mask.shape[0]
     if hasattr(layer, "codebook"):  # PQLinear, PQConv2d
         _fit_quantized(layer, cut, node)
+    if hasattr(layer, "binary_weight"):  # BinaryLinear, BinaryConv2d
+        _fit_binary(layer, cut, node)
 
 
 def _fit_quantized(layer: Any, cut: Cut, node: fx.Node) -> None:
@@ -81,6 +83,23 @@ def _fit_quantized(layer: Any, cut: Cut, node: fx.Node) -> None:
     slot = cut.labels.slots.get(Slot(cut.labels.first_name(f"{node.target}.codebook"), 0))
     stays = slice(None) if slot is None else cut.stays(cut.groups.vector(slot))
     layer.fit(inputs=int(widths[stays].sum()), outputs=layer.indices.shape[2])
+
+
+def _fit_binary(layer: Any, cut: Cut, node: fx.Node) -> None:
+    """The sizes, and the values of the weights that stay: their common factor is a mean over those that were there."""
+    whole: Any = cut.groups.graph.layer(node)
+    if hasattr(layer, "groups") and layer.groups == layer.in_channels > 1:
+        layer.groups = _kept_inputs(cut, node, layer.in_channels)
+    if layer.weight.shape == whole.weight.shape:
+        return
+    name = cut.labels.first_name(f"{node.target}.weight")
+    slots = [cut.labels.slots.get(Slot(name, dim)) for dim in (0, 1)]
+    layer.keep(whole, *(None if slot is None else cut.indices(cut.groups.vector(slot)) for slot in slots))
+    outputs, inputs = layer.weight.shape[:2]
+    if hasattr(layer, "groups"):
+        layer.in_channels, layer.out_channels = inputs * layer.groups, outputs
+    else:
+        layer.in_features, layer.out_features = inputs, outputs
 
 
 FITS: dict[Any, Callable[[Any, Cut, fx.Node], None]] = {

@@ -76,6 +76,8 @@ LAYERS: dict[str, LayerRule] = {
     **_rows(producers.convolution_layer, "Conv{}d ConvTranspose{}d", suffixes=(1, 2, 3)),
     "Linear": producers.linear_layer,
     "Embedding": producers.embedding_layer,
+    "BinaryConv2d": producers.binary_convolution,
+    "BinaryLinear": producers.linear_layer,
     "PQLinear": quantized.product_quantized_linear,
     "PQConv2d": quantized.product_quantized_convolution,
     **_rows(_BATCH, "BatchNorm{}d InstanceNorm{}d", suffixes=(1, 2, 3)),
@@ -85,6 +87,7 @@ LAYERS: dict[str, LayerRule] = {
     "ChannelMask": norms.per_channel("mask"),
     "SelectionMask": norms.per_channel("mask", "keep"),
     **_rows(norms.same_layer, "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Identity"),
+    "HalfWaveQuantizer": norms.same_layer,  # value by value, and of 0 it gives 0
 }
 
 OPERATIONS: dict[str, Rule] = {

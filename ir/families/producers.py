@@ -117,6 +117,12 @@ def _slide(labels: Labels, node: fx.Node, x: Tensor, kernel: int) -> Tensor:
     return x
 
 
+def binary_convolution(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
+    """BinaryConv2d: as a convolution; α, a mean of latent weights, is kept by a cut (`rewrites.fit_layer`)."""
+    bias = f"{path}.bias" if layer.bias is not None else None
+    return convolve(labels, node, Weight(labels, f"{path}.weight"), bias, layer.groups, transposed=False)
+
+
 def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
     """torch.nn.Linear."""
     bias = f"{path}.bias" if layer.bias is not None else None

@@ -1,6 +1,7 @@
 """Layers of fxpress's own: plain, trainable torch modules. Importing the package registers all of them."""
 
 from .binary_conv2d import BinaryConv2d as BinaryConv2d
+from .binary_layer import BinaryLayer as BinaryLayer
 from .binary_linear import BinaryLinear as BinaryLinear
 from .channel_mask import ChannelMask as ChannelMask
 from .half_wave_quantizer import HalfWaveQuantizer as HalfWaveQuantizer

@@ -72,6 +72,23 @@ def _mean(values: Tensor, scale: Scale) -> Tensor:
     return values.mean() if scale == "layer" else values.mean(list(range(1, values.dim())), keepdim=True)
 
 
+def latent_of(values: Tensor, latent: Tensor, weights: Weights = "binary", scale: Scale = "filter") -> Tensor:
+    """Latent weights near to given ones that `binarize` turns into wanted values.
+
+    Args:
+        values: W_q, shape (O, ...): ±α, or α, 0 and -α, with one α as `scale` says.
+        latent: of the same shape and, where `weights` is `binary`, the same signs.
+        weights: as of `binarize`.
+        scale: likewise.
+    """
+    if weights == "ternary":
+        return values.clone()
+    if scale == "none":
+        return latent.clone()
+    mean = _mean(latent.abs(), scale)
+    return torch.where(mean > 0, latent * (values.abs() / mean.clamp(min=torch.finfo(latent.dtype).tiny)), values)
+
+
 def check_binary(weights: str, scale: str) -> None:
     """Refuse an unknown choice.
 

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from ...ir.dialect import register_layer
-from .binary import Scale, Weights, binarize, check_binary
+from ...ir.errors import OptionError
+from .binary import Scale, Weights
+from .binary_layer import BinaryLayer
 
 Size = int | tuple[int, int]
 
 
-class BinaryConv2d(nn.Module):
+class BinaryConv2d(BinaryLayer):
     """A convolution with weights W_q = α b of latent weights W, which are what is trained (see `binary.binarize`).
 
     Padding is with zeros and adds nothing: zero is a level of the activations. This is no subclass of
@@ -24,7 +26,7 @@ class BinaryConv2d(nn.Module):
         scale: one α per `filter`, one for the `layer`, or `none` (α = 1).
 
     Raises:
-        OptionError: an unknown choice.
+        OptionError: an unknown choice, or padding that is no number.
     """
 
     def __init__(
@@ -40,21 +42,14 @@ class BinaryConv2d(nn.Module):
         weights: Weights = "binary",
         scale: Scale = "filter",
     ) -> None:
-        super().__init__()
-        check_binary(weights, scale)
+        if isinstance(padding, str):
+            raise OptionError(f"padding is {padding!r}; allowed: numbers", hint="'valid' is 0, 'same' half the kernel.")
         # a plain layer checks the numbers and draws the latent weights
         plain = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(plain, weights, scale)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
         self.padding, self.dilation = _pair(padding), _pair(dilation)
-        self.weight, self.bias = plain.weight, plain.bias
-        self.weights: Weights = weights
-        self.scale: Scale = scale
-
-    @property
-    def binary_weight(self) -> Tensor:
-        """W_q, shape (out, in/groups, kh, kw); its gradient goes to the latent weights."""
-        return binarize(self.weight, self.weights, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in, H, W) → (N, out, H', W')."""

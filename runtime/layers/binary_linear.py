@@ -6,10 +6,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ...ir.dialect import register_layer
-from .binary import Scale, Weights, binarize, check_binary
+from .binary import Scale, Weights
+from .binary_layer import BinaryLayer
 
 
-class BinaryLinear(nn.Module):
+class BinaryLinear(BinaryLayer):
     """A fully connected layer with weights W_q = α b of latent weights W, which are what is trained.
 
     See `binary.binarize`. No subclass of `torch.nn.Linear`, as `BinaryConv2d` is none of `torch.nn.Conv2d`.
@@ -31,18 +32,9 @@ class BinaryLinear(nn.Module):
         weights: Weights = "binary",
         scale: Scale = "filter",
     ) -> None:
-        super().__init__()
-        check_binary(weights, scale)
-        plain = nn.Linear(in_features, out_features, bias)  # checks the numbers and draws the latent weights
+        # a plain layer checks the numbers and draws the latent weights
+        super().__init__(nn.Linear(in_features, out_features, bias), weights, scale)
         self.in_features, self.out_features = in_features, out_features
-        self.weight, self.bias = plain.weight, plain.bias
-        self.weights: Weights = weights
-        self.scale: Scale = scale
-
-    @property
-    def binary_weight(self) -> Tensor:
-        """W_q, shape (out, in); its gradient goes to the latent weights."""
-        return binarize(self.weight, self.weights, self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
