@@ -114,14 +114,16 @@ class Subspace:
             if wanted is None:
                 wanted = self._columns(self.residual)
             largest = int(counts.argmax())
+            if int(counts[largest]) < 2:
+                return
             members = wanted[:, self._where == largest]  # (d, members)
             moves = self.inverse @ members
             gains = (moves * members).sum(0)
             side = moves[:, int(gains.argmax())] @ members > 0
-            if int(counts[largest]) < 2 or not bool(side.any()):
+            if not bool(side.any()):
                 return
             self.words[empty] = self.words[largest] + moves[:, side].mean(1)
-            counts[largest], counts[empty] = counts[largest] - side.sum(), side.sum()
+            counts[largest] -= side.sum()  # the new one has no members yet, and cannot be split
 
     def _columns(self, values: Tensor) -> Tensor:
         """(groups, taps * d, outputs) as (d, groups * taps * outputs)."""
