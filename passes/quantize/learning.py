@@ -40,7 +40,7 @@ class Recipe:
     Attributes:
         correction: `none`, `layer` or `accumulated`.
         sweeps: of error correction.
-        ridge: λ as a share of the mean square of the inputs.
+        ridge: λ as a share of the mean square of the inputs, or None.
         images: of calibration.
         positions: of a convolution's output, per image.
         refit: whether the bias is fitted anew.
@@ -51,7 +51,7 @@ class Recipe:
 
     correction: Kind
     sweeps: int
-    ridge: float
+    ridge: float | None
     images: int
     positions: int
     refit: bool
@@ -102,10 +102,10 @@ class Learner:
                     moments.add(part_x, part_y)
 
             walk.visit(list(found), add)
+            self.images = walk.seen
             for job, moments in found.values():
                 moments.adopt(shared_sum(moments.tensors))
                 self._learn(job, moments)
-        self.images = walk.seen
 
     def _stages(self) -> list[list[Job]]:
         """Layers whose sums are gathered together: one by one if they depend on each other, else within memory."""
@@ -133,13 +133,9 @@ class Learner:
         groups, count = job.layout.groups, moments.count
         bias = bias_of(job.layer).reshape(groups, -1)
         means = moments.gram[:, :-1, -1].double() / count, moments.cross[:, -1].double() / count
+        weight = weight_rows(job.layer).detach()
         problem = make_problem(
-            job.layout,
-            moments,
-            weight_rows(job.layer).detach(),
-            bias,
-            ridge=self.recipe.ridge,
-            centred=self.recipe.refit,
+            job.layout, moments, weight, bias, ridge=self.recipe.ridge, samples=self.images, centred=self.recipe.refit
         )
         codes = self._first(job)
         correction = Correction(problem, codes)

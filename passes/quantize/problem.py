@@ -14,6 +14,9 @@ from .plan import Layout
 COLUMNS = 2**22
 """Numbers of a product of the Gram matrix that exist at a time."""
 
+SMALLEST = 1e-4
+"""Least λ, as a share of the features' mean square."""
+
 
 @dataclass
 class Problem:
@@ -66,8 +69,41 @@ def inner(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum(dtype=torch.float64))
 
 
+def shrinkage(gram: Tensor, samples: int) -> float:
+    """λ that a Gram matrix of few samples needs, as a share of the features' mean square: ρ / (1 − ρ).
+
+    Few images leave directions of the inputs in which they show nothing, and a layer that is fitted to them would put
+    its error there. With G towards its mean diagonal by the share ρ it is, among such mixtures and for normal features,
+    closest to the covariance of all images. With p features, n samples and S = G / rows,
+
+        ρ = ((1 − 2/p) tr(S²) + tr(S)²) / ((n + 1 − 2/p) (tr(S²) − tr(S)² / p)),    at most 1/2
+
+    Source: Y. Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation, 2010, equation (23) (OAS).
+
+    Args:
+        gram: (groups, F, F), of any scale; groups share one λ.
+        samples: independent ones: images, not positions, of which those of one image are alike.
+    """
+    features = gram.shape[1]
+    squares = float(gram.norm(dtype=torch.float64)) ** 2
+    traces = float(gram.diagonal(dim1=1, dim2=2).sum(1).double().square().sum())
+    spread = squares - traces / features
+    if spread <= 0:
+        return SMALLEST
+    rho = ((1 - 2 / features) * squares + traces) / ((samples + 1 - 2 / features) * spread)
+    rho = min(rho, 0.5)
+    return max(rho / (1 - rho), SMALLEST)
+
+
 def make_problem(
-    layout: Layout, moments: SecondMoments, weight: Tensor, bias: Tensor, *, ridge: float, centred: bool
+    layout: Layout,
+    moments: SecondMoments,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    ridge: float | None,
+    samples: int,
+    centred: bool,
 ) -> Problem:
     """A layer's problem from sums over its inputs and wanted responses; the sums are used up.
 
@@ -76,7 +112,8 @@ def make_problem(
         moments: of inputs X (n, groups, features) and responses Y; with cross products where Y is not X W + b.
         weight: the layer's (groups, outputs, features).
         bias: the layer's (groups, outputs).
-        ridge: λ as a share of the features' mean square (or variance, if centred).
+        ridge: λ as a share of the features' mean square (or variance, if centred); None takes what `shrinkage` says.
+        samples: number of images.
         centred: whether a new bias makes good what the means of X and Y allow; otherwise the bias stays.
     """
     count, own = moments.count, weight.to(moments.gram.dtype)
@@ -94,7 +131,8 @@ def make_problem(
         drift = cross - gram @ own.mT
         floor = max(energy - inner(own.mT, drift + cross), 0.0)
         drift = _rows_in_order(layout, drift)
-    strength = ridge * float(gram.diagonal(dim1=1, dim2=2).double().mean())
+    share = shrinkage(gram, samples) if ridge is None else ridge
+    strength = share * float(gram.diagonal(dim1=1, dim2=2).double().mean())
     gram = _both_in_order(layout, gram)
     gram.diagonal(dim1=1, dim2=2).add_(strength)
     return Problem(gram, in_order(layout, own), drift, floor, max(energy, 0.0), strength)

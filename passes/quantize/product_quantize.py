@@ -58,8 +58,8 @@ class ProductQuantize(Pass):
     """Error correction: not at all, on inputs from the original network, or on those from the quantised layers."""
     sweeps: Annotated[int, Field(ge=1)] = 3
     """Times that error correction goes through all sub-spaces of a layer."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-3
-    """Pull towards the original weights, as a share of the inputs' mean variance."""
+    ridge: Annotated[float, Field(gt=0)] | None = None
+    """Pull towards the original weights, as a share of the inputs' mean variance; null finds it from the images."""
     bias: Literal["refit", "keep"] = "refit"
     """`refit` lets biases make good what they can of the error (an addition to the paper); `keep` leaves them."""
     images: Annotated[int, Field(ge=1)] = 512
