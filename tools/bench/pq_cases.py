@@ -68,12 +68,12 @@ CONV_SETTINGS = (Setting(64, 8, "int8", {(1, "warm"): 4.0}), Setting(16, 4, "int
 
 def cases(*, quick: bool = False) -> tuple[Case, ...]:
     """FC 9216×4096, 4096×4096, 4096×1000 and a convolution 3×3 256→384 on 13×13; `quick`: the smallest FC, and it."""
-    convolution = Case("conv 3×3 256→384, 13²", nn.Conv2d(256, 384, 3, padding=1), (256, 13, 13), CONV_SETTINGS)
-    small = Case("FC 4096×1000", nn.Linear(4096, 1000), (4096,), FC_SETTINGS)
+    convolution = Case("conv 3x3 256-384, 13x13", nn.Conv2d(256, 384, 3, padding=1), (256, 13, 13), CONV_SETTINGS)
+    small = Case("FC 4096x1000", nn.Linear(4096, 1000), (4096,), FC_SETTINGS)
     if quick:
         return small, convolution
-    large = Case("FC 9216×4096", nn.Linear(9216, 4096), (9216,), FC_GOALS)
-    middle = Case("FC 4096×4096", nn.Linear(4096, 4096), (4096,), FC_SETTINGS)
+    large = Case("FC 9216x4096", nn.Linear(9216, 4096), (9216,), FC_GOALS)
+    middle = Case("FC 4096x4096", nn.Linear(4096, 4096), (4096,), FC_SETTINGS)
     return large, middle, small, convolution
 
 

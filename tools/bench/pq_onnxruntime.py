@@ -1,8 +1,8 @@
 """ONNX Runtime as a peer of product quantization: fp32, and int8 in the settings that are fastest on x86.
 
 `quantize_static` with unsigned activations and signed per-channel weights (u8s8): the default, s8s8, takes two to three
-times as long on x86. `reduce_range` (7-bit weights) is what CPUs without VNNI need. `quantize_dynamic` takes the range of
-the activations at run time; its kernels exist for matrix products alone, so it is tried on linear layers only.
+times as long on x86. `reduce_range` (7-bit weights) is what CPUs without VNNI need. `quantize_dynamic` takes the range
+of the activations at run time; its kernels exist for matrix products alone, so it is tried on linear layers only.
 Sessions run without spinning threads by default: a spinning pool would take the core of whoever is measured next.
 """
 

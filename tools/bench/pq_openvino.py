@@ -1,7 +1,9 @@
-"""OpenVINO as a peer of product quantization: int8 by NNCF, in latency mode, with and without bf16 for what stays float."""
+"""OpenVINO as a peer of product quantization: int8 by NNCF, in latency mode; what stays float in fp32 or in bf16."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -33,7 +35,8 @@ def quantise(source: Path, images: Tensor, target: Path) -> Path:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     model = openvino.Core().read_model(source)
-    quantised = nncf.quantize(model, nncf.Dataset([images.numpy()]), subset_size=1)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        quantised = nncf.quantize(model, nncf.Dataset([images.numpy()]), subset_size=1)
     openvino.save_model(quantised, target, compress_to_fp16=False)
     return target
 

@@ -16,10 +16,10 @@ from .pq_engines import Engine
 from .pq_timing import Clock, Times
 
 INT8, TORCH = "better int8", "torch fp32"
-Goals = dict[str, tuple[float, str]]
-"""Engine → (how many times faster, than what: `better int8` or an engine's name)."""
+Goals = dict[str, dict[str, float]]
+"""Engine → what it is compared with (`better int8` or `torch fp32`) → how many times faster is wanted."""
 
-MEASURES = ("CPU ms", "wall ms", f"× {TORCH}", f"× {INT8}", "distance")
+MEASURES = ("CPU ms", "wall ms", f"times {TORCH}", f"times {INT8}", "distance")
 
 
 def rows_of(
@@ -30,12 +30,12 @@ def rows_of(
     rivals = {INT8: better_int8(engines, times, clock), TORCH: TORCH}
     rows = []
     for engine in engines:
-        wanted = goals.get(engine.name)
+        wanted = goals.get(engine.name, {})
         row = _Writer(case, engine)
         rows += [row("CPU ms", times.ms(engine.name, "cpu"), "ms"), row("wall ms", times.ms(engine.name, "wall"), "ms")]
         for label, rival in rivals.items():
-            goal = wanted[0] if wanted and wanted[1] == label else None
-            rows.append(row(f"× {label}", times.speedup(engine.name, rival, clock), f"times {rival}", goal))
+            ratio = times.speedup(engine.name, rival, clock)
+            rows.append(row(f"times {label}", ratio, f"against {rival}", wanted.get(label)))
         rows.append(row("distance", distances[engine.name], "of the largest output"))
     return rows
 
@@ -56,7 +56,7 @@ class _Writer:
         value, peer = (number, None) if ours else (None, number)
         if goal is None:
             return Row(self.case, metric, value, unit, peer)
-        return Row(self.case, metric, value, unit, peer, f"≥ {goal:g}×", number >= goal)
+        return Row(self.case, metric, value, unit, peer, f"≥ {goal:g}", number >= goal)
 
 
 def table(rows: Iterable[Row], title: str, measures: Sequence[str] = MEASURES) -> Table:
@@ -66,9 +66,11 @@ def table(rows: Iterable[Row], title: str, measures: Sequence[str] = MEASURES) -
         drawn.add_column(column, justify="right" if column in measures else "left")
     last = None
     for (case, engine), found in _lines(rows).items():
+        if not set(measures) <= set(found):
+            continue
         cells = [pretty(_number(found.get(measure))) for measure in measures]
         judged = [row for row in found.values() if row.goal is not None]
-        goals = ", ".join(f"{name} {row.goal}" for name, row in found.items() if row.goal is not None)
+        goals = ", ".join(f"{name.partition(' ')[2]} {row.goal}" for name, row in found.items() if row.goal)
         met = verdict(all(bool(row.met) for row in judged)) if judged else ""
         if case != last and last is not None:
             drawn.add_section()

@@ -1,9 +1,9 @@
 """Many engines timed in turns: round by round, warm or cold, CPU time and wall time.
 
-A round runs every engine once: warm, that is a call that is not counted and then enough calls to fill a few milliseconds;
-cold, a call each after a buffer several times the size of the last-level cache was read. What else the machine does
-falls on all of them alike, so ratios are taken inside each round and their median is the result. The order turns by one
-place from round to round.
+A round runs every engine once: warm, that is a call that is not counted and then enough calls to fill a few
+milliseconds; cold, a few calls, each after a buffer several times the size of the last-level cache was read. What else
+the machine does falls on all of them alike, so ratios are taken inside each round and their median is the result. The
+order turns by one place from round to round.
 
 CPU time is that of the whole process, in kernel and user mode: with one thread it is the latency without the time in
 which other programs had the core, and work that an engine hands to a thread of its own is counted as well.

@@ -1,0 +1,240 @@
+"""AlexNet and VGG-16 with every layer product-quantized: bytes, time, memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...ir.graph import Graph
+from ...passes.compile import compile as compile_network
+from ...runtime import artifact
+from ...runtime.layers.pq_layer import PQLayer, Precision
+from .common import Row
+from .pq_cases import Tables
+from .pq_engines import Engine, relative_distance, torch_engine
+from .pq_layers import CACHES, Load
+from .pq_memory import Runner, peak_memory
+from .pq_peers import peer_engines, prepare_peers
+from .pq_profile import profile
+from .pq_rows import INT8, TORCH, Goals, rows_of
+from .pq_timing import Advance, take_turns
+
+MB = 1e6
+SIZE = 224
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is quantised and emitted.
+
+    Args:
+        name: as the table shows it.
+        options: of `product-quantize`.
+        tables: numbers in the tables of what is timed, one row each.
+    """
+
+    name: str
+    options: dict[str, Any]
+    tables: tuple[Tables, ...] = ("fp32", "int8")
+
+
+PLAIN = {"correction": "none", "iterations": 3}
+"""k-means alone: neither time nor size depend on how good the codewords are."""
+PUBLISHED = Recipe("published", PLAIN)
+"""Convolutions K=128 d=8, linear layers K=32 d=4, the last one K=16 d=1: the defaults of `product-quantize`."""
+FAST = Recipe("fast", {**PLAIN, "codewords": 64, "linear": {"subspace": 4, "codewords": 16}})
+"""Convolutions K=64 d=8, linear layers K=16 d=4, the last one K=16 d=1."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of torchvision and what is wanted of it.
+
+    Args:
+        name: as in torchvision.
+        file_mb: bytes of the file in millions, at most, in the published settings.
+        entropy_mb: the same with entropy coding.
+        faster: times faster than (the better int8 engine, torch) at batch 1.
+    """
+
+    name: str
+    file_mb: float
+    entropy_mb: float | None = None
+    faster: dict[str, float] = field(default_factory=dict)
+
+    def build(self, seed: int) -> tuple[nn.Module, Tensor]:
+        """The network with random weights of the normal distribution, and an image."""
+        torch.manual_seed(seed)
+        model: nn.Module = getattr(torchvision.models, self.name)(weights=None).eval()
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        return model, torch.randn(1, 3, SIZE, SIZE)
+
+
+NETWORKS = (Network("alexnet", 13.0, 11.0, {INT8: 2.0, TORCH: 10.0}), Network("vgg16", 28.0))
+STORAGES: tuple[tuple[Precision, bool], ...] = tuple((p, e) for p in ("fp32", "fp16", "int8") for e in (False, True))  # type: ignore[misc]
+
+
+def quantise(network: Network, recipe: Recipe, seed: int, file: Path) -> Path:
+    """The quantised network as an .fxp file, emitted for nothing yet; made once."""
+    if not file.exists():
+        model, image = network.build(seed)
+        artifact.save(file, compile_network(model, [{"product-quantize": recipe.options}], image, verify=False).graph)
+        gc.collect()
+    return file
+
+
+def measure_size(network: Network, folder: Path, seed: int, advance: Advance) -> list[Row]:
+    """Bytes of the files of both recipes in every storage, and of the dense network."""
+    model = network.build(seed)[0]
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    rows = []
+    for recipe in (PUBLISHED, FAST):
+        graph = artifact.load(quantise(network, recipe, seed, place(folder, network, recipe))).graph
+        for precision, entropy in STORAGES:
+            for layer in quantised_layers(graph):
+                layer.precision, layer.entropy = precision, entropy
+            size = artifact.save(folder / "size.fxp", graph) / MB
+            goal = (network.entropy_mb if entropy else network.file_mb) if recipe is PUBLISHED else None
+            stored = f"codewords {precision}{', entropy coded' if entropy else ''}"
+            case = f"{network.name}, file, {recipe.name}"
+            met = None if goal is None else size <= goal
+            rows.append(
+                Row(case, stored, size, "MB (1e6 bytes)", dense / MB, None if goal is None else f"≤ {goal:g}", met)
+            )
+            rows.append(Row(case, f"{stored}: times smaller", dense / MB / size, "times"))
+            advance()
+    return rows
+
+
+def quantised_layers(graph: Graph) -> list[PQLayer]:
+    """The product-quantized layers of a graph."""
+    return [layer for layer in graph.module.modules() if isinstance(layer, PQLayer)]
+
+
+def place(folder: Path, network: Network, recipe: Recipe, suffix: str = "") -> Path:
+    """File of a quantised network."""
+    return folder / f"{network.name}, {recipe.name}{suffix}.fxp"
+
+
+def emitted(
+    network: Network, recipe: Recipe, tables: Tables, seed: int, folder: Path, image: Tensor
+) -> tuple[Path, Any]:
+    """The emitted network (file, and as loaded from it); kernels are chosen for this image."""
+    source = quantise(network, recipe, seed, place(folder, network, recipe))
+    graph = artifact.load(source).graph
+    compiled = compile_network(graph, [{"emit": {"tables": tables}}], image, verify=False)
+    path = place(folder, network, recipe, f", {tables} {image.shape[0]}")
+    compiled.save(path)
+    return path, compiled
+
+
+def measure_network(network: Network, load: Load, folder: Path, seed: int, rounds: int, advance: Advance) -> list[Row]:
+    """Rows of one network under one load, warm and cold."""
+    torch.set_num_threads(load.threads)
+    model, image = network.build(seed)
+    images = image.repeat(load.batch, 1, 1, 1)
+    engines = list(_ours(network, folder, seed, images))
+    rows = _choices(network, load, engines)
+    files = prepare_peers(decoded(model, engines[0][1].graph), images, folder / f"{network.name}, batch {load.batch}")
+    timed = [engine for engine, _ in engines]
+    timed += [torch_engine(TORCH, "float", model, images), *peer_engines(files, images, load.threads)]
+    distances = _distances(timed, engines, model, images)
+    goals: Goals = {engine.name: network.faster for engine, _ in engines} if load.batch == 1 else {}
+    for cache in CACHES:
+        times = take_turns(timed, rounds if cache == "warm" else -(-rounds // 2), cache, advance)
+        case = f"{network.name}, {load}, {cache}"
+        rows += rows_of(case, timed, times, distances, goals if cache == "warm" else {}, load.threads)
+    return rows
+
+
+def name_of(recipe: Recipe, tables: Tables) -> str:
+    """Name of an emitted network among the engines."""
+    return f"fxpress {recipe.name}, {tables} tables"
+
+
+def _ours(network: Network, load: Load, folder: Path, seed: int, images: Tensor) -> Iterator[tuple[Engine, Any]]:
+    for recipe in (PUBLISHED, FAST):
+        for tables in recipe.tables:
+            _, compiled = emitted(network, recipe, tables, seed, folder, images)
+            yield torch_engine(name_of(recipe, tables), "pq", compiled.module, images), compiled
+
+
+def _choices(network: Network, load: Load, engines: list[tuple[Engine, Any]]) -> list[Row]:
+    """What `emit` has chosen, one row per engine."""
+    rows = []
+    for engine, compiled in engines:
+        metrics = compiled.report["emit"].metrics
+        dense = [name for name, choice in metrics["kernels"].items() if choice["kernel"] == "dense"]
+        text = f"{metrics['layout']}; dense: {', '.join(dense) or 'none'}"
+        rows.append(Row(f"{network.name}, {load}, choices", engine.name, text))
+    return rows
+
+
+def decoded(model: nn.Module, graph: Graph) -> nn.Module:
+    """The network with the decoded weights of a quantised one."""
+    with torch.no_grad():
+        for name, layer in graph.module.named_modules():
+            if isinstance(layer, PQLayer):
+                dense = model.get_submodule(name)
+                dense.weight.copy_(layer.decoded())
+                dense.bias.copy_(layer.bias)
+    return model
+
+
+def _distances(
+    timed: list[Engine], engines: list[tuple[Engine, Any]], model: nn.Module, images: Tensor
+) -> dict[str, float]:
+    """Of each engine to the decoded network of its own codes; peers run the codes of the first of ours."""
+    found = {}
+    for engine, compiled in reversed(engines):  # ends with the first: that is what the peers run
+        expected = torch_engine("", "float", decoded(model, compiled.graph), images).output()
+        found[engine.name] = relative_distance(expected, engine.output())
+    rest = [engine for engine in timed if engine.name not in found]
+    return found | {engine.name: relative_distance(expected, engine.output()) for engine in rest}
+
+
+def measure_memory(network: Network, folder: Path, seed: int, advance: Advance) -> list[Row]:
+    """Peak memory of fresh processes that load a file and run one image, on one thread."""
+    model, image = network.build(seed)
+    files: dict[str, tuple[Runner, Path]] = {}
+    for recipe in (PUBLISHED, FAST):
+        for tables in recipe.tables:
+            path, compiled = emitted(network, recipe, tables, seed, folder, image)
+            files[name_of(recipe, tables)] = ("fxpress", path)
+    peers = prepare_peers(decoded(model, compiled.graph), image, folder / f"{network.name}, batch 1")
+    save_file(model.state_dict(), folder / f"{network.name}.safetensors")
+    files["torch fp32"] = ("torch", folder / f"{network.name}.safetensors")
+    files["ONNX Runtime fp32"] = ("onnxruntime", peers.onnx)
+    files["ONNX Runtime int8 static"] = ("onnxruntime", peers.onnx_int8["static"])
+    files["OpenVINO int8"] = ("openvino", peers.openvino_int8)
+    rows = []
+    for name, (runner, path) in files.items():
+        peak = peak_memory(runner, path, network.name)
+        ours = runner == "fxpress"
+        for metric, number in (("peak MB", peak.peak / MB), ("of it before loading MB", peak.imported / MB)):
+            value, peer = (number, None) if ours else (None, number)
+            rows.append(Row(f"{network.name}, memory", f"{name} | {metric}", value, "MB (1e6 bytes)", peer))
+        advance()
+    return rows
+
+
+def measure_nodes(network: Network, folder: Path, seed: int, rounds: int, advance: Advance) -> list[Row]:
+    """Where the time of the emitted networks goes, batch 1, one thread."""
+    torch.set_num_threads(1)
+    image = network.build(seed)[1]
+    rows = []
+    for recipe in (PUBLISHED, FAST):
+        for tables in recipe.tables:
+            module = emitted(network, recipe, tables, seed, folder, image)[1].module
+            rows += profile(f"{network.name}, nodes, {recipe.name}, {tables} tables", module, image, rounds, advance)
+    return rows
