@@ -76,15 +76,17 @@ struct Block {
     const float* x(int image) const { return call.x + (first + image) * call.inputs; }
     float* y(int image) const { return call.y + (first + image) * call.layout.outputs; }
 
-    void build(int64_t task) {
-        const int64_t image = task / chunks, chunk = task % chunks;
+    // A chunk of the codebook is read once for all images.
+    void build(int64_t chunk) {
         float* buffer = static_cast<float*>(
             scratch(SLOT_ROWS, size_t(call.codebook.codewords * call.codebook.width) * sizeof(float)));
-        TableRange& range = ranges[task] = TableRange();
-        if (!buffer) return void(range.half = -1);  // told to the caller by `run`
-        call.kernels->build(call.codebook, x(int(image)), call.inputs, chunk * CHUNK,
-                            least(rows(), (chunk + 1) * CHUNK), tables + image * table_size,
-                            call.tables == FP32 ? nullptr : offsets + image * rows(), &range, buffer);
+        for (int image = 0; image < images; image++) {
+            TableRange& range = ranges[image * chunks + chunk] = TableRange();
+            if (!buffer) return void(range.half = -1);  // told to the caller by `run`
+            call.kernels->build(call.codebook, x(image), call.inputs, chunk * CHUNK, least(rows(), (chunk + 1) * CHUNK),
+                                tables + image * table_size,
+                                call.tables == FP32 ? nullptr : offsets + image * rows(), &range, buffer);
+        }
     }
 
     TableRange range_of(int image) const {
@@ -103,7 +105,7 @@ struct Block {
 
 void Block::run() {
     const bool whole = call.tables != FP32;
-    parallel_for(call.threads, images * chunks, [this](int64_t task) { build(task); });
+    parallel_for(call.threads, chunks, [this](int64_t chunk) { build(chunk); });
     const float top = top_level(call.tables, rows());
     PqLookUp exact{&call.layout, FP32, call.bias, 0, {}}, rounded{&call.layout, call.tables, call.bias, 0, {}};
     float inverse[MAX_IMAGES];

@@ -23,6 +23,93 @@ constexpr int64_t AHEAD = 2048;  // bytes between what is read and what is fetch
 
 bool knows(const Layout& layout, int) { return layout.id == LANES || (layout.id == ROWS && layout.codewords >= 64); }
 
+// ---- tables ----------------------------------------------------------------------------------------------------------
+
+// Smallest or largest number of each of sixteen vectors, in their order: halves are joined pairwise, 16 to 8 to 4 to 2 to 1.
+template <class Pick>
+FX_INLINE Floats across(Floats* v, Pick pick) {
+    FX_UNROLL
+    for (int i = 0; i < 8; i++)
+        v[i] = pick(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xEE));
+    FX_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = pick(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xDD));
+    FX_UNROLL
+    for (int i = 0; i < 2; i++)
+        v[i] = pick(_mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0x44), _mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0xEE));
+    v[0] = pick(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xDD));
+    const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_ps(order, v[0]);
+}
+
+struct RangeSum {
+    Ints worst = _mm512_setzero_si512();
+    Floats half = _mm512_setzero_ps();
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+
+    // Sixteen tables of K entries -> their offsets; those from `count` on do not count.
+    template <int K>
+    FX_INLINE void add(const float* rows, int64_t stride, int count, Ints spread, float* offsets) {
+        Floats least[16], most[16];
+        for (int i = 0; i < 16; i++) {
+            const float* row = rows + (i < count ? i : 0) * stride;
+            least[i] = most[i] = _mm512_permutexvar_ps(spread, _mm512_loadu_ps(row));
+            track(least[i]);
+            for (int k = 16; k < K; k += 16) {
+                const Floats entries = _mm512_loadu_ps(row + k);
+                least[i] = _mm512_min_ps(least[i], entries);
+                most[i] = _mm512_max_ps(most[i], entries);
+                track(entries);
+            }
+        }
+        const Floats bottom = across(least, [](Floats a, Floats b) { return _mm512_min_ps(a, b); });
+        const Floats top = across(most, [](Floats a, Floats b) { return _mm512_max_ps(a, b); });
+        const Floats middle = _mm512_mul_ps(_mm512_add_ps(bottom, top), _mm512_set1_ps(0.5f));
+        half = _mm512_max_ps(half, _mm512_mul_ps(_mm512_sub_ps(top, bottom), _mm512_set1_ps(0.5f)));
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        _mm512_mask_storeu_ps(offsets, there, middle);
+        const Floats counted = _mm512_maskz_mov_ps(there, middle);
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(counted)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(counted, 1)));
+    }
+
+    // As integers, the magnitudes of infinity and NaN are the largest.
+    FX_INLINE void track(Floats entries) {
+        worst = _mm512_max_epu32(worst, _mm512_and_si512(_mm512_castps_si512(entries), _mm512_set1_epi32(0x7fffffff)));
+    }
+
+    FX_INLINE void into(TableRange* range) const {
+        const __m512 bound = _mm512_castsi512_ps(_mm512_set1_epi32(int(_mm512_reduce_max_epu32(worst))));
+        const float largest = _mm512_reduce_max_ps(half);
+        range->ordinary = range->ordinary && _mm_cvtss_f32(_mm512_castps512_ps128(bound)) <= LARGEST;
+        range->half = largest > range->half ? largest : range->half;
+        range->offsets += _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    }
+};
+
+template <int K>
+void ranges(int64_t codewords, const float* tables, int64_t begin, int64_t end, float* offsets, TableRange* range) {
+    const Ints number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Ints spread = _mm512_and_si512(number, _mm512_set1_epi32(int(codewords) - 1));  // K < 16: the first K, repeated
+    RangeSum sum;
+    for (int64_t m = begin; m < end; m += 16)
+        sum.add<K>(tables + m * K, K, int(least(16, end - m)), spread, offsets + m);
+    sum.into(range);
+}
+
+void build(const Codebook& codebook, const float* x, int64_t inputs, int64_t begin, int64_t end, float* tables,
+           float* offsets, TableRange* range, float* buffer) {
+    build_tables(codebook, x, inputs, begin, end, tables, nullptr, range, buffer);
+    if (!offsets) return;
+    switch (codebook.codewords) {
+        case 32: return ranges<32>(32, tables, begin, end, offsets, range);
+        case 64: return ranges<64>(64, tables, begin, end, offsets, range);
+        case 128: return ranges<128>(128, tables, begin, end, offsets, range);
+        case 256: return ranges<256>(256, tables, begin, end, offsets, range);
+        default: return ranges<16>(codebook.codewords, tables, begin, end, offsets, range);
+    }
+}
+
 // Sub-spaces that one step of the integer kernel of LANES reads, and the bytes of their tables.
 constexpr int64_t STEP16 = 8, BYTES16 = 128, STEP32 = 12, BYTES32 = 384;
 
@@ -396,7 +483,7 @@ void look_up(const PqLookUp& job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const PqLinearKernels pq_linear_avx512 = {knows, packed_bytes, build_tables, pack, look_up};
+const PqLinearKernels pq_linear_avx512 = {knows, packed_bytes, build, pack, look_up};
 
 }  // namespace fx
 
