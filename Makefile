@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(BIN)/python -m fxpress.tools.bench.coverage --quick
 	$(BIN)/python -m fxpress.tools.bench.graph_speed --quick
 	$(BIN)/python -m fxpress.tools.bench.pruned_latency --quick
+	$(BIN)/python -m fxpress.tools.bench.pq --quick
 
 install: $(STAMP)
 

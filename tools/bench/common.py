@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "onnxruntime", "fxpress")
+PACKAGES = ("torch", "torchvision", "timm", "torch-pruning", "onnxruntime", "openvino", "nncf", "fxpress")
 
 
 @dataclass(frozen=True)

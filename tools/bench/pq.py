@@ -2,9 +2,9 @@
 
     python -m fxpress.tools.bench.pq [--quick] [--only GLOB ...] [--work DIR] [--json FILE]
 
-Layers: FC 9216×4096, 4096×4096, 4096×1000 and a 3×3 convolution 256→384 on 13×13, batch 1 and 8, one and two threads, warm
-and cold cache, against torch, ONNX Runtime and OpenVINO in fp32 and int8. All engines of a case are timed in turns in one
-process (`pq_timing`), and the better int8 engine of each case is what fxpress is compared with.
+Layers: FC 9216×4096, 4096×4096, 4096×1000 and a 3×3 convolution 256→384 on 13×13, batch 1 and 8, one and two threads,
+warm and cold cache, against torch, ONNX Runtime and OpenVINO in fp32 and int8. All engines of a case are timed in turns
+in one process (`pq_timing`), and the better int8 engine of each case is what fxpress is compared with.
 
 Networks: torchvision's AlexNet and VGG-16 with every layer quantised, in the published settings and in faster ones
 (`pq_networks`): bytes of the file, time of an image, peak memory of a fresh process that loads the file and runs one
@@ -65,7 +65,8 @@ def main() -> None:
         every = list(jobs(folder, rounds, options.seed, quick=options.quick))
         chosen = [job for job in every if wanted(job, options.only)]
         if not chosen:
-            raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {', '.join(map(repr, every))}")
+            names = "; ".join(job.name for job in every)
+            raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
         rows = run_jobs(chosen, [header(options.seed), Row("header", "settings", settings(rounds))], options.json)
     show_tables(rows)
 

@@ -85,7 +85,7 @@ def random_layer(layer: nn.Linear | nn.Conv2d, setting: Setting, seed: int = 0) 
     codebook = torch.randn(count, setting.codewords, setting.subspace) / (inputs * taps) ** 0.5
     indices = torch.randint(setting.codewords, (taps, count, out), dtype=torch.uint8)
     make = PQConv2d.from_weights if isinstance(layer, nn.Conv2d) else PQLinear.from_weights
-    made: PQ = make(layer, codebook, indices, kernel="table", tables=setting.tables)  # type: ignore[arg-type]
+    made: PQ = make(layer, codebook, indices, kernel="table", tables=setting.tables)
     return made.eval()
 
 

@@ -81,7 +81,8 @@ class Network:
 
 
 NETWORKS = (Network("alexnet", 13.0, 11.0, {INT8: 2.0, TORCH: 10.0}), Network("vgg16", 28.0))
-STORAGES: tuple[tuple[Precision, bool], ...] = tuple((p, e) for p in ("fp32", "fp16", "int8") for e in (False, True))  # type: ignore[misc]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+STORAGES = tuple((precision, entropy) for precision in PRECISIONS for entropy in (False, True))
 
 
 def quantise(network: Network, recipe: Recipe, seed: int, file: Path) -> Path:
@@ -162,7 +163,7 @@ def name_of(recipe: Recipe, tables: Tables) -> str:
     return f"fxpress {recipe.name}, {tables} tables"
 
 
-def _ours(network: Network, load: Load, folder: Path, seed: int, images: Tensor) -> Iterator[tuple[Engine, Any]]:
+def _ours(network: Network, folder: Path, seed: int, images: Tensor) -> Iterator[tuple[Engine, Any]]:
     for recipe in (PUBLISHED, FAST):
         for tables in recipe.tables:
             _, compiled = emitted(network, recipe, tables, seed, folder, images)
@@ -185,7 +186,7 @@ def decoded(model: nn.Module, graph: Graph) -> nn.Module:
     with torch.no_grad():
         for name, layer in graph.module.named_modules():
             if isinstance(layer, PQLayer):
-                dense = model.get_submodule(name)
+                dense: Any = model.get_submodule(name)
                 dense.weight.copy_(layer.decoded())
                 dense.bias.copy_(layer.bias)
     return model

@@ -30,7 +30,7 @@ def convert(module: nn.Module, images: Tensor, path: Path) -> Path:
 
 def quantise(source: Path, images: Tensor, target: Path) -> Path:
     """An int8 version of a converted file, by `nncf.quantize` calibrated on the images."""
-    import nncf  # type: ignore[import-untyped, unused-ignore]
+    import nncf
     import openvino
 
     logging.getLogger("nncf").setLevel(logging.ERROR)

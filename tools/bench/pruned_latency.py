@@ -140,7 +140,7 @@ class _OnnxRuntime(nn.Module):
     """A module exported to ONNX, run on one thread."""
 
     def __init__(self, module: nn.Module, images: Tensor) -> None:
-        import onnxruntime  # type: ignore[import-not-found, unused-ignore]
+        import onnxruntime
 
         super().__init__()
         program = torch.onnx.export(module.eval(), (images,), dynamo=True, verbose=False)
