@@ -90,7 +90,7 @@ class Workdir:
     def save(self, finished: int, graph: Graph, report: Report) -> None:
         """Keep the network behind the pass number `finished` (from 1)."""
         if is_main():
-            artifact.save(self._file(finished), graph, pipeline=None, report=report.to_dict())
+            artifact.save(self._file(finished), graph, report=report.to_dict(), exact=True)
         self._write_state(finished)
 
     def scratch(self, index: int) -> Path:

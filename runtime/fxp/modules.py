@@ -2,6 +2,7 @@
 
     "modules": [{"path": "", "training": true}, {"path": "conv1", "training": true, "type": "Conv2d", "config": {..}},
                 {"path": "head2", "same": "head1"}, ..]             parents before children, as in `named_modules`
+                {"path": "fc", .., "type": "PQLinear", "config": {..}, "packed": {..}}               as in `codecs.py`
     "tensors": {"conv1.weight": {..}, ..}                           rows as in `tensors.py`
 
 A module that no node calls is a container: it only holds others. Decoding builds everything on the `meta` device and
@@ -18,23 +19,37 @@ from torch import Tensor, fx, nn
 from ...ir import dialect
 from ...ir.errors import GraphError
 from .checks import JSON, FormatError, check_object, check_path
+from .codecs import Place, codec_of, pack_layer
 from .tensors import Record, named_tensors, read_record, tensor_row
 from .values import decode, encode
 
 # To JSON --------------------------------------------------------------------------------------------------------------
 
 
-def encode_modules(module: fx.GraphModule) -> tuple[list[JSON], dict[str, JSON], dict[str, Tensor]]:
+@dataclass
+class Encoded:
+    """The module tree as JSON: rows of modules and tensors, the tensors by name, and the bytes of packed layers."""
+
+    modules: list[JSON] = field(default_factory=list)
+    table: dict[str, JSON] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    packed: list[bytes] = field(default_factory=list)
+
+
+def encode_modules(module: fx.GraphModule, *, exact: bool = False) -> Encoded:
     """Modules and tensor table as JSON, and the tensors by name, tied ones once.
+
+    Args:
+        module: the graph module.
+        exact: whether all layers are stored by their state dicts, bit by bit.
 
     Raises:
         GraphError: a called module is not a layer of the dialect.
         FormatError: a tensor that cannot be stored.
     """
     called = {module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module"}
-    modules: list[JSON] = []
-    table: dict[str, JSON] = {}
-    tensors: dict[str, Tensor] = {}
+    found = Encoded()
+    tied = _tied(module)
     layers: dict[nn.Module, str] = {}
     within: set[str] = set()  # paths of layers and of what is inside them
     names: dict[int, str] = {}
@@ -42,18 +57,33 @@ def encode_modules(module: fx.GraphModule) -> tuple[list[JSON], dict[str, JSON],
         if path.rpartition(".")[0] in within:
             within.add(path)
             continue
-        modules.append(_module_row(path, child, child in called, layers.get(child)))
+        row = _module_row(path, child, child in called, layers.get(child))
+        found.modules.append(row)
         if child in called:
             within.add(path)
         if child in layers:
             continue
+        codec = codec_of(child) if child in called and not exact else None
         if child in called:
             layers[child] = path
+        if codec is not None and not any(id(t) in tied for *_, t in named_tensors(path, child, whole=True)):
+            data, row["packed"] = pack_layer(path, child, codec)
+            found.packed.append(data)
+            continue
         for name, owner, leaf, tensor in named_tensors(path, child, whole=child in called):
-            table[name] = tensor_row(name, owner, leaf, tensor, names.get(id(tensor)))
-            tensors |= {} if id(tensor) in names else {name: tensor}
+            found.table[name] = tensor_row(name, owner, leaf, tensor, names.get(id(tensor)))
+            found.tensors |= {} if id(tensor) in names else {name: tensor}
             names.setdefault(id(tensor), name)
-    return modules, table, tensors
+    return found
+
+
+def _tied(module: nn.Module) -> set[int]:
+    """Tensors that several modules hold."""
+    counts: dict[int, int] = {}
+    for child in module.modules():
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            counts[id(tensor)] = counts.get(id(tensor), 0) + 1
+    return {key for key, count in counts.items() if count > 1 and key != id(None)}
 
 
 def _module_row(path: str, module: nn.Module, is_layer: bool, same: str | None) -> dict[str, JSON]:
@@ -77,6 +107,7 @@ class Tree:
     layers: dict[str, nn.Module] = field(default_factory=dict)
     tied: dict[str, nn.Module] = field(default_factory=dict)
     records: dict[str, Record] = field(default_factory=dict)
+    packed: list[Place] = field(default_factory=list)
 
     def tensor_names(self) -> set[str]:
         """Names under which a node may read a parameter or buffer."""
@@ -94,7 +125,9 @@ def decode_modules(rows: list[JSON], table: dict[str, JSON]) -> Tree:
     tree = Tree(fx.GraphModule(nn.Module(), fx.Graph()))
     for row in rows:
         _decode_module(row, tree)
-    missing = {name for path, layer in tree.layers.items() for name, *_ in named_tensors(path, layer, whole=True)}
+    packed = {place.path for place in tree.packed}
+    layers = ((path, layer) for path, layer in tree.layers.items() if path not in packed)
+    missing = {name for path, layer in layers for name, *_ in named_tensors(path, layer, whole=True)}
     for name, row in table.items():
         _decode_tensor(name, row, tree)
         missing.discard(name)
@@ -105,10 +138,11 @@ def decode_modules(rows: list[JSON], table: dict[str, JSON]) -> Tree:
 
 def _decode_module(row: JSON, tree: Tree) -> None:
     """Build one module and hang it into the tree."""
-    options = {"training": bool, "type": str, "config": dict, "same": str}
+    options = {"training": bool, "type": str, "config": dict, "same": str, "packed": dict}
     path = check_object(row, "a module", {"path": str}, options)["path"]
     fields, first = set(row) - {"path"}, not tree.containers
-    allowed = [{"training"}] if first else [{"same"}, {"training"}, {"training", "type", "config"}]
+    layer = {"training", "type", "config"}
+    allowed = [{"training"}] if first else [{"same"}, {"training"}, layer, {*layer, "packed"}]
     if fields not in allowed or first != (path == ""):
         raise FormatError(f"module {path[:200]!r} is neither a container, nor a layer, nor tied to one")
     if first:
@@ -126,6 +160,8 @@ def _decode_module(row: JSON, tree: Tree) -> None:
         for inner in module.modules():
             inner.training = row["training"]
         (tree.layers if "type" in row else tree.containers)[path] = module
+        if "packed" in row:
+            tree.packed.append(Place.read(path, module, row["packed"]))
     owner, _, atom = path.rpartition(".")
     _free(tree, owner, atom).add_module(atom, module)
 
@@ -182,8 +218,8 @@ def _place(name: str, tree: Tree, record: Record, kind: str) -> tuple[nn.Module,
         check_path(name)
         return _free(tree, path, leaf), leaf
     layer = next((p for p in _prefixes(name) if p in tree.layers), None)
-    if layer is None:
-        raise FormatError(f"tensor {name[:200]!r} belongs to no module")
+    if layer is None or any(place.path == layer for place in tree.packed):
+        raise FormatError(f"tensor {name[:200]!r} belongs to no module, or to one that is packed")
     for found, owner, leaf, expected in named_tensors(layer, tree.layers[layer], whole=True):
         if found == name:
             if tuple(expected.shape) != record.shape or (leaf in owner._parameters) != (kind == "parameter"):

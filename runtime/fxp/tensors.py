@@ -71,7 +71,12 @@ def describe(name: str, tensor: Tensor) -> dict[str, JSON]:
     if tensor.dtype not in CODES or tensor.is_meta or tensor.layout != torch.strided:
         kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device})"
         raise FormatError(f"{name} is a tensor of {kind}, which cannot be stored")
-    row: dict[str, JSON] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest(tensor)}
+    return {**describe_form(tensor), "sha256": digest(tensor)}
+
+
+def describe_form(tensor: Tensor) -> dict[str, JSON]:
+    """Dtype, shape, and whether the channels come last in memory."""
+    row: dict[str, JSON] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape)}
     memory_format = _FORMATS.get(tensor.dim())
     if memory_format and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=memory_format):
         row["channels_last"] = True
@@ -82,6 +87,15 @@ def read_record(name: str, row: JSON, extra: dict[str, type] | None = None) -> R
     """One row of a tensor table; the inverse of `describe`."""
     fields = {"dtype": str, "shape": list, "sha256": str, **(extra or {})}
     check_object(row, f"tensor {name[:200]!r}", fields, {"channels_last": bool})
+    record = read_form(name, row)
+    record.sha256, record.requires_grad = row["sha256"], row.get("requires_grad")
+    if record.requires_grad and not (record.dtype.is_floating_point or record.dtype.is_complex):
+        raise FormatError(f"tensor {name[:200]!r} of {record.dtype} cannot be trained")
+    return record
+
+
+def read_form(name: str, row: dict[str, JSON]) -> Record:
+    """Dtype, shape and memory format; the inverse of `describe_form`."""
     dtype, shape = DTYPES.get(row["dtype"]), tuple(row["shape"])
     channels_last = bool(row.get("channels_last"))
     sizes = all(type(n) is int and n >= 0 for n in shape) and prod(max(n, 1) for n in shape) < _MAX_ELEMENTS
@@ -89,7 +103,4 @@ def read_record(name: str, row: JSON, extra: dict[str, type] | None = None) -> R
         raise FormatError(f"tensor {name[:200]!r} has no valid dtype and shape")
     if channels_last and len(shape) not in _FORMATS:
         raise FormatError(f"tensor {name[:200]!r} of {len(shape)} dimensions cannot have its channels last")
-    requires_grad = row.get("requires_grad")
-    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
-        raise FormatError(f"tensor {name[:200]!r} of {dtype} cannot be trained")
-    return Record(dtype, shape, row["sha256"], channels_last, requires_grad)
+    return Record(dtype, shape, "", channels_last)

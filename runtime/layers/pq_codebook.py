@@ -16,6 +16,8 @@ from torch import Tensor
 from ...ir.errors import OptionError
 
 Precision = Literal["fp32", "fp16", "int8"]
+SIZES = {"fp32": 4, "fp16": 2, "int8": 1}
+"""Bytes of a number of a codeword."""
 MIN_CODEWORDS, MAX_CODEWORDS = 2, 256
 
 _HALF_MAX = 65504.0  # largest finite fp16

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...ir.errors import OptionError
 from .. import kernels
-from .pq_codebook import Precision, as_stored, check_choice, check_sizes, decode, subspaces
+from .pq_codebook import SIZES, Precision, as_stored, bits, check_choice, check_sizes, decode, subspaces
 
 Kernel = Literal["decode", "dense", "table"]
 Tables = Literal["fp32", "int16", "int8"]
@@ -82,6 +82,19 @@ class PQLayer(nn.Module):
     def last_width(self) -> int:
         """Inputs that the last sub-space covers, 1..d."""
         return self.inputs - (self.codebook.shape[0] - 1) * self.subspace
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in a file, without entropy coding: codewords (4, 2 or 1 bytes each), scales, indices, bias.
+
+            size · M K d + [int8] 4 M + ceil(taps · M · out · log2(K) / 8) + 4 out
+
+        Wu et al. 2016 with `size` = 4. The indices count with exactly log2(K) bits.
+        """
+        scales = 4 * len(self.codebook) if self.precision == "int8" else 0
+        indices = -(-self.indices.numel() * bits(self.codewords) // 8)
+        bias = 0 if self.bias is None else 4 * self.bias.numel()
+        return SIZES[self.precision] * self.codebook.numel() + scales + indices + bias
 
     def fit(self, inputs: int, outputs: int) -> None:
         """State the sizes of tensors that were cut: inputs of one group, outputs of all."""

@@ -138,7 +138,7 @@ def test_the_same_channels_in_another_dimension_share_their_factors(tmp_path: Pa
     assert (one.dim, two.dim) == (1, 2)
     assert one.mask is two.mask
     outputs = run(graph)
-    artifact.save(tmp_path / "masked.fxp", graph)
+    artifact.save(tmp_path / "masked.fxp", graph, exact=True)
     loaded = artifact.load(tmp_path / "masked.fxp").graph
     assert torch.equal(run(loaded), outputs)
     assert len([name for name, _ in loaded.module.named_parameters() if name.startswith("masks.")]) == 1
