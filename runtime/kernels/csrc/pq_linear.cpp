@@ -20,7 +20,7 @@ struct Call {
     float* y;
     int64_t batch, inputs;
     int tables, threads;
-    const PqLinearKernels* kernels;
+    const PqLinearKernels *kernels, *exact;  // `exact` reads float32 tables
 };
 
 const PqLinearKernels* choose(const Layout& layout, int tables, int isa) {
@@ -130,7 +130,7 @@ void Block::run() {
     for (const PqLookUp* job : {&rounded, &exact}) {
         if (!job->images) continue;
         parallel_for(call.threads, ceil_div(outputs, step), [&](int64_t task) {
-            call.kernels->look_up(*job, task * step, least(outputs, (task + 1) * step));
+            (job == &exact ? call.exact : call.kernels)->look_up(*job, task * step, least(outputs, (task + 1) * step));
         });
     }
 }
@@ -175,6 +175,6 @@ FX_EXPORT int fxpress_pq_linear(const float* x, int64_t batch, int64_t inputs, c
     call.x = x, call.bias = bias, call.y = y, call.batch = batch, call.inputs = inputs;
     call.tables = tables, call.threads = int(fx::most(1, fx::least(threads, 1024)));
     if (int status = fx::check(call, outputs)) return status;
-    call.kernels = fx::choose(call.layout, tables, isa);
+    call.kernels = fx::choose(call.layout, tables, isa), call.exact = fx::choose(call.layout, fx::FP32, isa);
     return batch ? fx::run(call) : fx::OK;
 }
