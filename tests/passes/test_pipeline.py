@@ -124,6 +124,15 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_options_taken_over_from_an_anchor(tmp_path: Path) -> None:
+    text = "passes:\n  - distill: &d {epochs: 3, lr: 0.01}\n  - distill: {<<: *d, epochs: 1}\n"
+    first, second = Pipeline.load(write(tmp_path, "p.yaml", text))
+    assert (first.epochs, second.epochs, second.lr) == (3, 1, 0.01)
+    text = "passes:\n  - distill: &d {epochs: 3}\n  - distill: {<<: *d, lr: 0.1, lr: 0.2}\n"
+    with pytest.raises(OptionError, match="key 'lr' is there twice"):
+        Pipeline.load(write(tmp_path, "p.yaml", text))
+
+
 def test_missing_and_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"there is no pipeline file .*nothing\.yaml"):
         Pipeline.load(tmp_path / "nothing.yaml")
