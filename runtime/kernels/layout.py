@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...ir.errors import KernelError
+from . import conv_layout
 
 MAGIC = b"FXPQIDX1"
 HEADER_BYTES = 64
@@ -190,10 +191,29 @@ LANES = 2
 ROWS = 3
 # AVX2, at most 16 code words: a byte per output holds two indices
 PAIRS = 4
+# convolutions: conv_layout.py, gangs of 1, 2 and 4
+CONV1, CONV2, CONV4 = 5, 6, 7
+
+
+def _conv(gang: int) -> Layout:
+    def tap_bytes(header: Header) -> int:
+        return conv_layout.tap_bytes(header, gang)
+
+    def pack(header: Header, indices: Tensor) -> Tensor:
+        return conv_layout.pack(header, indices, gang)
+
+    def unpack(header: Header, payload: Tensor) -> Tensor:
+        return conv_layout.unpack(header, payload, gang)
+
+    return Layout(f"conv{gang}", tap_bytes, pack, unpack)
+
 
 LAYOUTS: dict[int, Layout] = {
     PLAIN: Layout("plain", lambda header: header.subspaces * header.outputs, _plain_pack, _plain_unpack),
     LANES: _Panels(16, 4, 32, lambda header: (8, 4) if header.codewords <= 16 else (6, 5)).layout("lanes"),
     ROWS: _Panels(64, 1, 256, lambda header: (1, 8)).layout("rows"),
     PAIRS: _Panels(32, 1, 16, lambda header: (2, 4)).layout("pairs"),
+    CONV1: _conv(1),
+    CONV2: _conv(2),
+    CONV4: _conv(4),
 }

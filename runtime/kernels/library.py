@@ -21,7 +21,10 @@ _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None
 # arguments of the functions: p a pointer, l an int64_t, i an int
 _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
-_SIGNATURES = {"fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii"}
+_SIGNATURES = {
+    "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
+    "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
+}
 
 
 @cache

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -95,10 +97,35 @@ def _pq_conv2d(
     tables: str,
 ) -> Tensor:
     _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
-    y = reference.pq_conv2d(
+    found = library.library()
+    if found is None:
+        y = reference.pq_conv2d(
+            x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
+        )
+        return y.contiguous(memory_format=_image_format(x))
+    y = _fake_conv2d(
         x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
     )
-    return y.contiguous(memory_format=_image_format(x))
+    memory_format = _image_format(x)
+    x, (codebook, dims_major), layout = x.contiguous(memory_format=memory_format), _as_blocks(codebook), layout.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    sizes = (*x.shape, *y.shape[1:], *kernel_size, *stride, *padding, *dilation, groups, *codebook.shape)
+    status = found.fxpress_pq_conv2d(
+        x.data_ptr(),
+        codebook.data_ptr(),
+        layout.data_ptr(),
+        layout.numel(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        memory_format == torch.channels_last,
+        dims_major,
+        _TABLES.index(tables),
+        torch.get_num_threads(),
+        library.isa_number(),
+    )
+    library.check(status)
+    return y
 
 
 def _image_format(x: Tensor) -> torch.memory_format:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from . import layout as layouts
+from . import reference_conv
 
 Tables = Literal["fp32", "int16", "int8"]
 LEVELS: Final = {"int16": 32767, "int8": 127}
@@ -127,17 +128,24 @@ def pq_conv2d(
     n, channels, height, width = x.shape
     pixels = x.reshape(n, groups, channels // groups, height, width).permute(0, 1, 3, 4, 2)
     pixels = F.pad(pixels, (0, codebook.shape[0] * codebook.shape[2] - channels // groups))
-    table = tables_of(pixels, codebook)  # (N, groups, H, W, M, K)
     geometry = (kernel_size, stride, padding, dilation)
-    y = _look_up_taps(table, indices, *geometry)
-    if tables != "fp32" and n:
-        q = quantize(table, levels(tables, indices.shape[0] * indices.shape[1]))
-        total = _look_up_taps(q.values, indices, *geometry).float()
-        zeros = torch.zeros(len(indices), 1, out_channels, dtype=torch.uint8)
-        constant = _look_up_taps(q.offsets.double().sum(-1)[..., None, None], zeros, *geometry).float()
-        rounded = total * q.scale[:, None, None, None] + constant
-        y = torch.where(q.exact[:, None, None, None], y, rounded)
+    possible = tables != "fp32" and reference_conv.can_quantize(codebook, len(indices))
+    images = [x.new_empty(0, out_channels, *_out_size(height, width, *geometry))]
+    for image in (pixels[i : i + 1] for i in range(n)):
+        if possible and reference_conv.in_range(image.abs().amax() if image.numel() else image.sum()):
+            q, unit = reference_conv.quantize(image[0], codebook, tables)
+            images.append(_look_up_taps(q[None], indices, *geometry).float() * unit)
+        else:
+            images.append(_look_up_taps(tables_of(image, codebook), indices, *geometry))
+    y = torch.cat(images)
     return y if bias is None else y + bias[:, None, None]
+
+
+def _out_size(
+    height: int, width: int, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> list[int]:
+    edges = zip((height, width), kernel_size, stride, padding, dilation, strict=True)
+    return [(size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in edges]
 
 
 def _look_up_taps(

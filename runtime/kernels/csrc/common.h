@@ -37,7 +37,10 @@ int fail(int status, const char* format, ...);
 
 // Memory of this thread that lives on between calls: `bytes` bytes, 64-byte aligned, nullptr when there is none.
 // A slot is overwritten by the next call that asks for the same slot on the same thread.
-enum Slot : int { SLOT_TABLES = 0, SLOT_PACKED = 1, SLOT_ROWS = 2, SLOT_CONV_A = 3, SLOT_CONV_B = 4, SLOTS = 8 };
+enum Slot : int {
+    SLOT_TABLES = 0, SLOT_PACKED = 1, SLOT_ROWS = 2,
+    SLOT_CONV_CALL = 3, SLOT_CONV_INDEX = 4, SLOT_CONV_IMAGE = 5, SLOT_CONV_ROWS = 6, SLOT_CONV_EXACT = 7, SLOTS = 8
+};
 void* scratch(int slot, size_t bytes);
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

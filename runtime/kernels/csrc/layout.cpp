@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "pq_conv.h"
+
 namespace fx {
 namespace {
 
@@ -39,6 +41,7 @@ int64_t tap_bytes(const Layout& layout) {
         case LANES: return layout.codewords > 32 ? -1 : ceil_div(m, 32 / bits(layout)) * rounded(layout, 16) * 4;
         case ROWS: return m * rounded(layout, 64);
         case PAIRS: return layout.codewords > 16 ? -1 : ceil_div(m, 2) * rounded(layout, 32);
+        case CONV1: case CONV2: case CONV4: return conv_tap_bytes(layout);
         default: return -1;
     }
 }
@@ -63,6 +66,7 @@ int read_layout(const uint8_t* data, int64_t bytes, Layout* layout) {
 }
 
 void unpack_row(const Layout& layout, int64_t tap, int64_t m, int64_t begin, int64_t count, uint8_t* row) {
+    if (layout.id >= CONV1 && layout.id <= CONV4) return conv_unpack_row(layout, tap, m, begin, count, row);
     const uint8_t* data = layout.payload + tap * tap_bytes(layout);
     const uint8_t mask = uint8_t(layout.codewords - 1);
     const int64_t per_lane = 32 / bits(layout), shift = m % per_lane * bits(layout);

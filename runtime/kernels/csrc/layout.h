@@ -11,6 +11,9 @@ enum LayoutId : uint32_t {
     LANES = 2,  // 32-bit lanes: output, 8 (K <= 16, 4 bits each) or 6 (K = 32, 5 bits each) sub-spaces per lane
     ROWS = 3,   // [panel of 256 outputs][m][output, rounded up to 64], one byte each
     PAIRS = 4,  // K <= 16: [panel of 256 outputs][pair of sub-spaces][output, rounded up to 32], even | odd << 4
+    CONV1 = 5,  // blocks of 64 channels, 1, 2 or 4 sub-spaces interleaved: pq_conv_layout.cpp
+    CONV2 = 6,
+    CONV4 = 7,
 };
 
 constexpr int64_t HEADER_BYTES = 64;

@@ -17,7 +17,6 @@ namespace fx {
 constexpr int64_t BLOCK = 64;         // output channels that are computed together
 constexpr int64_t SUM_LIMIT = 516;    // 7-bit numbers whose sum fits 16 bits: 516 * 127 < 2^16
 constexpr int32_t MIDDLE = 64;        // the entry that stands for 0
-constexpr int64_t STEP_BYTES = 2048;  // room for one list of steps in accumulate()
 
 // The shape of one call. Strides and sizes are in elements.
 struct ConvShape {
@@ -56,7 +55,7 @@ struct BuildJob {
 
 // One step of a sum: offsets in bytes from the tables of a kernel row and from the indices of a kernel row.
 struct ConvStep {
-    int32_t table, index;
+    int64_t table, index;
 };
 
 // Adds the table entries of some kernel rows to the accumulators of one row of output pixels, all blocks of a group.
@@ -70,6 +69,22 @@ struct SumJob {
     int64_t table_step;           // bytes between the tables of neighbouring output pixels
     int64_t pixels;
     uint8_t* acc;                 // [block][pixel][acc_bytes]
+};
+
+// The same with exact tables of float32; members are used by exact_build (first part) or exact_sum (second part).
+struct ExactJob {
+    int64_t subspaces, entries, columns;
+    const float* codebook;        // [m][j][entry]
+    const float* const* planes;   // [m * subwidth + j] -> the row, nullptr where there is no such channel
+    int64_t subwidth;
+    const int32_t *inputs, *targets;
+    int64_t count;
+    float* tables;                // [m][column][entry]
+    const float* const* rows;     // [row_count]
+    const uint8_t* const* index;  // [row_count] of a kernel row: [tap][m][index_step]
+    int64_t row_count, kernel_columns, column_step, pixel_step, index_step;
+    int64_t pixels, channels;
+    float* y;                     // [pixel][BLOCK]
 };
 
 // The inner loops of one instruction set.
@@ -87,9 +102,13 @@ struct ConvKernels {
     void (*accumulate)(const ConvTables* tables, const SumJob* job);
     // accumulators of one block -> sums (or += where `add`), int32 [pixel][BLOCK], channels in order
     void (*decode)(const ConvTables* tables, const uint8_t* acc, int64_t pixels, int32_t* sums, int add);
-    // (sums + high * 128 - constant) * unit + bias -> y[pixel][BLOCK]; high may be nullptr
+    // (sums + high * 128 - constant) * unit + bias -> y[pixel * stride + channel]; high may be nullptr
     void (*finish)(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, float* y);
+                   const float* bias, float* y, int64_t stride, int64_t channels);
+    // float tables of one pixel column after the other: codebook [m][j][entry], planes [m][j] -> tables [m][column][entry]
+    void (*exact_build)(const ExactJob* job);
+    // adds entries to y[pixel][BLOCK], `channels` of them
+    void (*exact_sum)(const ExactJob* job);
     // y[column * y_stride + row] = x[row * x_stride + column]
     void (*transpose)(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride);
 };
@@ -109,5 +128,14 @@ static inline int64_t lane_sub(int64_t gang, int64_t lane) { return lane % gang;
 static inline int64_t lane_channel(int64_t gang, int64_t vector, int64_t lane) {
     return gang == 1 ? lane / 2 + lane % 2 * 32 : vector * (BLOCK / gang) + lane / gang;
 }
+
+// Layouts CONV1, CONV2 and CONV4: [group][block of 64 channels][tap][term][vector][64 lanes], one byte each, which is
+// term_byte() of its index. Gang 4 wants K <= 32, gang 2 wants K = 64.
+int64_t conv_gang(const Layout& layout);
+int64_t conv_entries(const Layout& layout);
+int64_t conv_tap_bytes(const Layout& layout);
+void conv_unpack_row(const Layout& layout, int64_t tap, int64_t m, int64_t begin, int64_t count, uint8_t* row);
+// Any layout -> payload of that gang; the inverse of conv_unpack_row.
+void conv_pack(const Layout& layout, int64_t gang, uint8_t* payload, uint8_t* row);
 
 }  // namespace fx

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "pq_conv.h"
+#include "pq_conv_plain.h"
 
 namespace fx {
 namespace {
@@ -366,18 +367,20 @@ static void decode(const ConvTables* t, const uint8_t* acc, int64_t pixels, int3
 }
 
 static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, float* y) {
+                   const float* bias, float* y, int64_t stride, int64_t channels) {
     const __m512i c = _mm512_set1_epi32(constant);
     const __m512 u = _mm512_set1_ps(unit);
-    __m512 b[4];
-    for (int v = 0; v < 4; v++) b[v] = _mm512_loadu_ps(bias + v * 16);
-    for (int64_t p = 0; p < pixels; p++)
-        for (int64_t v = 0; v < 4; v++) {
+    for (int64_t v = 0; v * 16 < channels; v++) {
+        const __m512 b = _mm512_loadu_ps(bias + v * 16);
+        const __mmask16 mask = first(channels - v * 16);
+        for (int64_t p = 0; p < pixels; p++) {
             int64_t i = p * BLOCK + v * 16;
             __m512i sum = _mm512_sub_epi32(load(sums + i), c);
             if (high) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load(high + i), 7));
-            _mm512_storeu_ps(y + i, _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), u), b[v]));
+            __m512 out = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), u), b);
+            _mm512_mask_storeu_ps(y + p * stride + v * 16, mask, out);
         }
+    }
 }
 
 static void transpose16(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride) {
@@ -408,9 +411,65 @@ static void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t co
             transpose16(x + i * x_stride + j, x_stride, rows - i, columns - j, y + j * y_stride + i, y_stride);
 }
 
+// Float tables: 16 channels at once, from registers where they fit, else by gathers.
+template <int VECTORS>
+FX_INLINE __m512 entries_of(const float* table, __m512i codes) {
+    if (VECTORS == 1) return _mm512_permutexvar_ps(codes, _mm512_loadu_ps(table));
+    if (VECTORS == 0) return _mm512_i32gather_ps(codes, table, 4);
+    __m512 e = _mm512_permutex2var_ps(_mm512_loadu_ps(table), codes, _mm512_loadu_ps(table + 16));
+    for (int v = 2; v < VECTORS; v += 2) {
+        __mmask16 here = _mm512_cmpge_epi32_mask(codes, _mm512_set1_epi32(v * 16));
+        e = _mm512_mask_mov_ps(e, here, _mm512_permutex2var_ps(_mm512_loadu_ps(table + v * 16), codes,
+                                                               _mm512_loadu_ps(table + v * 16 + 16)));
+    }
+    return e;
+}
+
+template <int VECTORS, int P>
+static void exact_pixels(const ExactJob* job, int64_t x, int64_t channel) {
+    const int64_t step = job->pixel_step * job->entries;
+    const __mmask16 mask = first(job->channels - channel);
+    __m512 acc[P];
+    FX_UNROLL
+    for (int p = 0; p < P; p++) acc[p] = _mm512_loadu_ps(job->y + (x + p) * BLOCK + channel);
+    for (int64_t row = 0; row < job->row_count; row++)
+        for (int64_t k = 0; k < job->kernel_columns; k++)
+            for (int64_t m = 0; m < job->subspaces; m++) {
+                const float* table = job->rows[row] + (m * job->columns + x * job->pixel_step + k * job->column_step) * job->entries;
+                const uint8_t* index = job->index[row] + (k * job->subspaces + m) * job->index_step + channel;
+                const __m512i codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, index));
+                FX_UNROLL
+                for (int p = 0; p < P; p++) acc[p] = _mm512_add_ps(acc[p], entries_of<VECTORS>(table + p * step, codes));
+            }
+    FX_UNROLL
+    for (int p = 0; p < P; p++) _mm512_storeu_ps(job->y + (x + p) * BLOCK + channel, acc[p]);
+}
+
+template <int VECTORS>
+static void exact_all(const ExactJob* job) {
+    constexpr int P = VECTORS == 0 || VECTORS > 4 ? 4 : 12;
+    for (int64_t channel = 0; channel < job->channels; channel += 16) {
+        int64_t x = 0;
+        for (; x + P <= job->pixels; x += P) exact_pixels<VECTORS, P>(job, x, channel);
+        for (; x + 4 <= job->pixels; x += 4) exact_pixels<VECTORS, 4>(job, x, channel);
+        for (; x < job->pixels; x++) exact_pixels<VECTORS, 1>(job, x, channel);
+    }
+}
+
+static void exact_sum(const ExactJob* job) {
+    switch (job->entries) {
+        case 16: return exact_all<1>(job);
+        case 32: return exact_all<2>(job);
+        case 64: return exact_all<4>(job);
+        case 128: return exact_all<8>(job);
+        default: return exact_all<0>(job);
+    }
+}
+
 }  // namespace
 
 extern const ConvKernels conv_avx512;
-const ConvKernels conv_avx512 = {16, choose, largest, samples, bounds, peak, build, accumulate, decode, finish, transpose};
+const ConvKernels conv_avx512 = {16, choose, largest, samples, bounds, peak, build, accumulate, decode, finish,
+                                 exact_build, exact_sum, transpose};
 
 }  // namespace fx

@@ -1,0 +1,55 @@
+"""Index layouts of the convolution: blocks of 64 channels, gangs of 1, 2 or 4 neighbouring sub-spaces.
+
+    [group][block][tap][term = gang of sub-spaces][vector][64 lanes], one byte each
+
+A byte is the place of the table entry among those of its term (csrc/pq_conv.h, `term_byte`). Gang 4 is for at most 32
+code words, gang 2 for 64, gang 1 for any number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+BLOCK = 64
+
+
+def tap_bytes(header: Any, gang: int) -> int:
+    """Bytes of the payload per tap; -1 where the gang does not go with the number of code words."""
+    if (gang == 4 and header.codewords > 32) or (gang == 2 and max(16, header.codewords) != 64):
+        return -1
+    blocks = -(-(header.outputs // header.groups) // BLOCK)
+    terms: int = -(-header.subspaces // gang)
+    return header.groups * blocks * terms * gang * BLOCK
+
+
+def pack(header: Any, indices: Tensor, gang: int) -> Tensor:
+    """Indices (taps, M, out) -> payload."""
+    blocked = indices.long().unflatten(2, (header.groups, -1))
+    blocked = F.pad(blocked, (0, -blocked.shape[3] % BLOCK, 0, 0, 0, -header.subspaces % gang))
+    terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))  # tap, term, sub, group, block, channel
+    sub = torch.arange(gang).view(-1, 1, 1, 1)
+    if gang == 4:
+        terms = terms // 16 * 64 + terms // 4 % 4 * 16 + sub * 4 + terms % 4
+    else:
+        terms = terms + sub * 64  # no gang: sub is 0
+    terms = terms.permute(3, 4, 0, 1, 5, 2)  # group, block, tap, term, channel, sub
+    if gang == 1:
+        terms = terms.unflatten(4, (2, BLOCK // 2)).transpose(4, 5)  # the two halves of a block alternate
+    return terms.to(torch.uint8).flatten()
+
+
+def unpack(header: Any, payload: Tensor, gang: int) -> Tensor:
+    """The inverse of `pack`."""
+    blocks = -(-(header.outputs // header.groups) // BLOCK)
+    terms = payload.long().reshape(header.groups, blocks, header.taps, -1, BLOCK, gang)
+    if gang == 1:
+        terms = terms.unflatten(4, (BLOCK // 2, 2)).transpose(4, 5).flatten(4, 5)
+    if gang == 4:
+        terms = terms // 64 * 16 + terms // 16 % 4 * 4 + terms % 4
+    blocked = terms.permute(2, 3, 5, 0, 1, 4).flatten(4, 5).flatten(1, 2)  # tap, m, group, channel
+    kept = blocked[:, : header.subspaces, :, : header.outputs // header.groups] & (header.codewords - 1)
+    return kept.flatten(2).to(torch.uint8)

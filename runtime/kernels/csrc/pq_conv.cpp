@@ -1,0 +1,145 @@
+// Product-quantized convolution: checks, memory, and the order of the work.
+//
+// An image is read twice: its largest |x|, then 16-bit samples, one 32-bit word per pixel and two channels. The exact
+// largest |a| of all tables gives their scale; sub-spaces whose Cauchy-Schwarz bound lies below what was found already
+// are not computed for it. Output rows are then made one by one; the tables of the input rows they need live in a ring.
+#include "pq_conv_call.h"
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace fx {
+namespace {
+
+const ConvKernels* kernels_of(int isa) {
+#if defined(FX_HAVE_AVX512)
+    if (isa >= AVX512 && can_run(AVX512)) return &conv_avx512;
+#endif
+    (void)isa;
+    return &conv_portable;
+}
+
+bool fits(const ConvShape& s, const Layout& layout, int64_t book_subspaces, int64_t book_codewords) {
+    return layout.taps == s.kernel[0] * s.kernel[1] && layout.groups == s.groups && layout.outputs == s.outputs &&
+           layout.subspaces == book_subspaces && layout.codewords == book_codewords;
+}
+
+int check(Call& call) {
+    ConvShape& s = call.shape;
+    const int64_t limit = int64_t(1) << 31;
+    const int64_t positive[] = {s.channels, s.outputs, s.kernel[0], s.kernel[1], s.stride[0], s.stride[1], s.dilation[0],
+                                s.dilation[1], s.groups, s.out_height, s.out_width, s.subspaces, s.codewords, s.subwidth};
+    const int64_t natural[] = {s.images, s.height, s.width, s.padding[0], s.padding[1]};
+    bool good = true;
+    for (int64_t v : positive) good = good && v >= 1 && v < limit;
+    for (int64_t v : natural) good = good && v >= 0 && v < limit;
+    good = good && s.channels % s.groups == 0 && s.outputs % s.groups == 0 && call.mode >= FP32 && call.mode <= INT8;
+    for (int i = 0; good && i < 2; i++) {
+        const int64_t size = (i ? s.width : s.height) + 2 * s.padding[i] - s.dilation[i] * (s.kernel[i] - 1);
+        good = size >= 1 && (size - 1) / s.stride[i] + 1 == (i ? s.out_width : s.out_height);
+    }
+    if (good) {
+        s.group_channels = s.channels / s.groups, s.group_outputs = s.outputs / s.groups;
+        good = (s.subspaces - 1) * s.subwidth < s.group_channels && s.group_channels <= s.subspaces * s.subwidth;
+    }
+    if (!good) return fail(BAD_ARGUMENT, "The sizes of a convolution do not fit each other: %lld x %lld x %lld x %lld images, "
+                           "%lld sub-spaces of width %lld", (long long)s.images, (long long)s.channels,
+                           (long long)s.height, (long long)s.width, (long long)s.subspaces, (long long)s.subwidth);
+    const Layout& l = call.layout;
+    if (!fits(s, l, s.subspaces, s.codewords))
+        return fail(BAD_LAYOUT, "An index layout of %u taps, %u sub-spaces, %u code words, %u outputs and %u groups does not "
+                    "fit a convolution of %lld taps, %lld sub-spaces, %lld code words, %lld outputs and %lld groups",
+                    l.taps, l.subspaces, l.codewords, l.outputs, l.groups, (long long)call.taps(), (long long)s.subspaces,
+                    (long long)s.codewords, (long long)s.outputs, (long long)s.groups);
+    return OK;
+}
+
+// Opens image `number` in memory of this thread; false where there is none.
+bool open(Image& image) {
+    for (Arena arena{nullptr};;) {
+        const bool real = arena.base;
+        arena.used = 0;
+        image.reserve(arena);
+        if (real) break;
+        arena.base = static_cast<uint8_t*>(scratch(SLOT_CONV_IMAGE, arena.used));
+        if (!arena.base) return false;
+    }
+    image.read();
+    return true;
+}
+
+using RowsOf = bool (*)(const Image&, int64_t, int64_t);
+
+// One image: by this thread alone, or its rows by all of them.
+bool compute(Image& image, RowsOf rows, int threads) {
+    const int64_t height = image.call.shape.out_height;
+    const int64_t strips = threads == 1 ? 1 : least(height, 2 * threads);
+    bool enough = true;
+    parallel_for(threads, strips, [&](int64_t strip) {
+        if (!rows(image, strip * height / strips, (strip + 1) * height / strips)) enough = false;
+    });
+    return enough;
+}
+
+// Several images at once where there are enough of them, else one after the other, each by all threads.
+template <class Work>
+void each_image(const Call& call, Work&& work) {
+    const int64_t images = call.shape.images;
+    const bool many = images >= 2 * call.threads;
+    parallel_for(many ? call.threads : 1, images, [&](int64_t i) { work(i, many ? 1 : call.threads); });
+}
+
+int run(Call& call) {
+    if (int status = prepare(call)) return status;
+    if (call.quantized)
+        each_image(call, [&](int64_t i, int threads) {
+            Image image{call, i};
+            bool enough = open(image);
+            if (enough) image.quantize();
+            if (enough && !image.exact) enough = compute(image, quantized_rows, threads);
+            call.exact[i] = enough ? image.exact : 2;
+        });
+    bool some = !call.quantized;
+    for (int64_t i = 0; i < call.shape.images; i++) {
+        if (call.exact[i] == 2) return fail(NO_MEMORY, "No memory for the tables of a convolution");
+        some = some || call.exact[i];
+    }
+    if (!some) return OK;
+    if (int status = prepare_exact(call)) return status;
+    const bool all = !call.quantized;
+    each_image(call, [&](int64_t i, int threads) {
+        Image image{call, i};
+        if ((all || call.exact[i]) && !(open(image) && compute(image, exact_rows, threads))) call.exact[i] = 2;
+    });
+    for (int64_t i = 0; i < call.shape.images; i++)
+        if (call.exact[i] == 2) return fail(NO_MEMORY, "No memory for the tables of a convolution");
+    return OK;
+}
+
+}  // namespace
+}  // namespace fx
+
+// x (images, channels, height, width) and y (images, outputs, ...), both contiguous or both channels-last (`last`).
+// `sizes`: images, channels, height, width, outputs, out_height, out_width, kernel, stride, padding, dilation (two each),
+// groups, sub-spaces, code words, width of a sub-space. bias may be null.
+FX_EXPORT int fxpress_pq_conv2d(const float* x, const float* codebook, const uint8_t* layout, int64_t layout_bytes,
+                                const float* bias, float* y, const int64_t* sizes, int last, int dims_major, int tables,
+                                int threads, int isa) {
+    fx::Call call;
+    if (int status = fx::read_layout(layout, layout_bytes, &call.layout)) return status;
+    fx::ConvShape& s = call.shape;
+    s.images = sizes[0], s.channels = sizes[1], s.height = sizes[2], s.width = sizes[3], s.outputs = sizes[4];
+    s.out_height = sizes[5], s.out_width = sizes[6];
+    for (int i = 0; i < 2; i++) {
+        s.kernel[i] = sizes[7 + i], s.stride[i] = sizes[9 + i], s.padding[i] = sizes[11 + i];
+        s.dilation[i] = sizes[13 + i];
+    }
+    s.groups = sizes[15], s.subspaces = sizes[16], s.codewords = sizes[17], s.subwidth = sizes[18];
+    call.x = x, call.codebook = codebook, call.bias = bias, call.y = y, call.mode = tables, call.last = last != 0;
+    call.dims_major = dims_major != 0, call.threads = int(fx::most(1, fx::least(threads, 1024)));
+    if (int status = fx::check(call)) return status;
+    call.kernels = fx::kernels_of(isa);
+    if (!s.images) return fx::OK;
+    fx::lay_out(call);
+    return fx::run(call);
+}

@@ -1,0 +1,256 @@
+// Output rows: tables of the input rows that they read, in a ring; sums of entries; numbers.
+#include <cstring>
+
+#include "pq_conv_call.h"
+
+namespace fx {
+namespace {
+
+constexpr int64_t CHUNK_BYTES = 24 << 10;  // tables that are used together should stay in the first-level cache
+
+// Kernel rows that lie inside of the image for one output row, and the slots of the ring where their tables are.
+struct Window {
+    int64_t first = 0, count = 0, input = 0;  // first kernel row, how many, input row of the first
+
+    Window(const ConvShape& s, int64_t out) {
+        const int64_t top = out * s.stride[0] - s.padding[0];
+        first = top >= 0 ? 0 : least(s.kernel[0], ceil_div(-top, s.dilation[0]));
+        input = top + first * s.dilation[0];
+        count = input < s.height ? least(s.kernel[0] - first, (s.height - 1 - input) / s.dilation[0] + 1) : 0;
+    }
+};
+
+struct Rows {
+    const Image& image;
+    const Call& call;
+    const ConvShape& s;
+    const ConvTables& t;
+    int64_t group = 0;
+    int64_t* held = nullptr;  // [ring] the input row in each slot
+    float* tile = nullptr;    // [pixel][BLOCK]
+
+    explicit Rows(const Image& image_) : image(image_), call(image_.call), s(call.shape), t(call.tables) {}
+
+    // Channels of a block, and where its first one's output of a row begins.
+    int64_t channels(int64_t block) const { return least(BLOCK, s.group_outputs - block * BLOCK); }
+    float* output(int64_t block, int64_t out) const {
+        const int64_t channel = group * s.group_outputs + block * BLOCK, area = s.out_height * s.out_width;
+        float* y = call.y + image.number * s.outputs * area;
+        return call.last ? y + out * s.out_width * s.outputs + channel : y + channel * area + out * s.out_width;
+    }
+    void forget() {
+        for (int64_t i = 0; i < call.ring(); i++) held[i] = -1;
+    }
+    void write(int64_t block, int64_t out, const float* from) {
+        if (!call.last)
+            return call.kernels->transpose(from, BLOCK, s.out_width, channels(block), output(block, out),
+                                           s.out_height * s.out_width);
+        for (int64_t x = 0; x < s.out_width; x++)
+            memcpy(output(block, out) + x * s.outputs, from + x * BLOCK, size_t(channels(block)) * sizeof(float));
+    }
+};
+
+struct Quantized : Rows {
+    using Rows::Rows;
+    bool wide = false;
+    uint8_t* tables[2] = {};   // [ring][row_bytes()], the low (or only) and the high 7 bits
+    uint8_t* acc = nullptr;    // [block][pixel][acc_bytes]
+    int32_t* sums[2] = {};     // [block][pixel][BLOCK], of both planes
+    const int32_t** planes = nullptr;
+    ConvStep* steps = nullptr;
+    const uint8_t **rows = nullptr, **index = nullptr;  // [kernel row]
+
+    int64_t acc_bytes() const { return t.blocks * s.out_width * t.acc_bytes; }
+    int64_t tap_bytes() const { return t.terms * t.gang * BLOCK; }
+
+    bool reserve() {
+        wide = call.mode == INT16;
+        const int64_t area = t.blocks * s.out_width * BLOCK;
+        for (Arena arena{nullptr};;) {
+            const bool real = arena.base;
+            arena.used = 0;
+            held = arena.take<int64_t>(call.ring());
+            tile = arena.take<float>(s.out_width * BLOCK);
+            // corrupt indices of 8 bits may read beyond the last table, never beyond this
+            for (int i = 0; i <= wide; i++) tables[i] = arena.take<uint8_t>(call.ring() * call.row_bytes() + 256);
+            acc = arena.take<uint8_t>(acc_bytes());
+            for (int i = 0; i <= wide; i++) sums[i] = arena.take<int32_t>(area);
+            planes = arena.take<const int32_t*>(call.slots() * t.pairs);
+            steps = arena.take<ConvStep>(s.kernel[1] * t.terms);
+            rows = arena.take<const uint8_t*>(s.kernel[0]), index = arena.take<const uint8_t*>(s.kernel[0]);
+            if (real) return true;
+            arena.base = static_cast<uint8_t*>(scratch(SLOT_CONV_ROWS, arena.used));
+            if (!arena.base) return false;
+        }
+    }
+
+    void start(int64_t group_) {
+        group = group_;
+        forget();
+        const size_t bytes = size_t(call.ring() * call.row_bytes());
+        memset(tables[0], wide ? 0 : MIDDLE, bytes);
+        if (wide) memset(tables[1], MIDDLE, bytes);
+    }
+
+    void build(int64_t input) {
+        const int64_t slot = input % call.ring();
+        if (held[slot] == input) return;
+        held[slot] = input;
+        image.plane_list(group, input * s.width, planes);
+        BuildJob job{call.codes, planes, call.inputs, call.targets, call.count, {}, wide, image.shift, image.multiplier,
+                     image.factor};
+        for (int i = 0; i <= wide; i++) job.tables[i] = tables[i] + slot * call.row_bytes();
+        call.kernels->build(&t, &job);
+    }
+
+    // Sums of one plane over kernel rows `window`, all terms, in parts that fit 16 bits and the cache.
+    void sum(const Window& window, int plane) {
+        const int64_t columns = least(s.kernel[1], t.gang == 4 ? s.kernel[1] : SUM_LIMIT / t.gang);
+        const int64_t bound = t.gang == 4 ? INT64_MAX : SUM_LIMIT / t.gang;  // steps times rows
+        const int64_t kernel_rows = least(window.count, most(1, bound / columns));
+        int64_t terms = most(1, least(t.terms, bound / (columns * most(1, kernel_rows))));
+        terms = least(terms, most(1, CHUNK_BYTES / (t.columns * t.term_bytes * most(1, window.count))));
+        int64_t done = 0;
+        bool add = false;
+        memset(acc, 0, size_t(acc_bytes()));
+        for (int64_t term = 0; term < t.terms; term += terms)
+            for (int64_t row = 0; row < window.count; row += kernel_rows)
+                for (int64_t column = 0; column < s.kernel[1]; column += columns) {
+                    const int64_t counts[] = {least(terms, t.terms - term), least(columns, s.kernel[1] - column),
+                                              least(kernel_rows, window.count - row)};
+                    const int64_t more = counts[0] * counts[1] * counts[2];
+                    if (t.gang != 4 && done + more > bound) {
+                        decode(plane, add);
+                        memset(acc, 0, size_t(acc_bytes()));
+                        add = true, done = 0;
+                    }
+                    done += more;
+                    part(window, plane, term, column, row, counts);
+                }
+        decode(plane, add);
+    }
+
+    void part(const Window& window, int plane, int64_t term, int64_t column, int64_t row, const int64_t counts[3]) {
+        int64_t count = 0;
+        for (int64_t i = term; i < term + counts[0]; i++)
+            for (int64_t k = column; k < column + counts[1]; k++)
+                steps[count++] = {(i * t.columns + k * s.dilation[1]) * t.term_bytes,
+                                  (k * t.terms + i) * t.gang * BLOCK};
+        const int64_t index_block = call.taps() * tap_bytes();
+        const uint8_t* base = call.index + group * t.blocks * index_block;
+        for (int64_t i = 0; i < counts[2]; i++) {
+            const int64_t input = window.input + (row + i) * s.dilation[0];
+            rows[i] = tables[plane] + input % call.ring() * call.row_bytes();
+            index[i] = base + (window.first + row + i) * s.kernel[1] * tap_bytes();
+        }
+        const SumJob job{rows, index, counts[2], steps, count, index_block, s.stride[1] * t.term_bytes, s.out_width, acc};
+        call.kernels->accumulate(&t, &job);
+    }
+
+    void decode(int plane, bool add) {
+        call.kernels->decode(&t, acc, t.blocks * s.out_width, sums[plane], add);
+    }
+
+    void row(int64_t out) {
+        const Window window(s, out);
+        for (int64_t i = 0; i < window.count; i++) build(window.input + i * s.dilation[0]);
+        for (int i = 0; i <= wide; i++) sum(window, i);
+        const int64_t entries = window.count * s.kernel[1] * t.terms * t.gang;
+        const int32_t constant = int32_t(entries * (wide ? MIDDLE * 128 : MIDDLE));
+        for (int64_t block = 0; block < t.blocks; block++) {
+            const int64_t at = block * s.out_width * BLOCK;
+            const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
+            float* y = call.last ? output(block, out) : tile;
+            call.kernels->finish(sums[0] + at, wide ? sums[1] + at : nullptr, s.out_width, constant, image.unit, bias, y,
+                                 call.last ? s.outputs : BLOCK, call.last ? channels(block) : BLOCK);
+            if (!call.last) write(block, out, tile);
+        }
+    }
+};
+
+struct Exact : Rows {
+    using Rows::Rows;
+    float* tables = nullptr;  // [ring][m][column][entry]
+    const float **planes = nullptr, **rows = nullptr;
+    const uint8_t** index = nullptr;
+
+    int64_t row_floats() const { return s.subspaces * t.columns * t.entries; }
+
+    bool reserve() {
+        for (Arena arena{nullptr};;) {
+            const bool real = arena.base;
+            arena.used = 0;
+            held = arena.take<int64_t>(call.ring());
+            tile = arena.take<float>(s.out_width * BLOCK);
+            tables = arena.take<float>(call.ring() * row_floats() + 256);  // as above
+            planes = arena.take<const float*>(s.subspaces * s.subwidth);
+            rows = arena.take<const float*>(s.kernel[0]), index = arena.take<const uint8_t*>(s.kernel[0]);
+            if (real) return true;
+            arena.base = static_cast<uint8_t*>(scratch(SLOT_CONV_ROWS, arena.used));
+            if (!arena.base) return false;
+        }
+    }
+
+    void start(int64_t group_) {
+        group = group_;
+        forget();
+        memset(tables, 0, size_t(call.ring() * row_floats() + 256) * sizeof(float));
+    }
+
+    void build(int64_t input, ExactJob job) {
+        const int64_t slot = input % call.ring();
+        if (held[slot] == input) return;
+        held[slot] = input;
+        for (int64_t c = 0; c < s.subspaces * s.subwidth; c++) {
+            const float* plane = image.planar + (group * s.group_channels + c) * call.pixels() + input * s.width;
+            planes[c] = c < s.group_channels ? plane : nullptr;
+        }
+        job.tables = tables + slot * row_floats();
+        call.kernels->exact_build(&job);
+    }
+
+    void row(int64_t out) {
+        const Window window(s, out);
+        ExactJob job{};
+        job.subspaces = s.subspaces, job.entries = t.entries, job.columns = t.columns, job.codebook = call.exact_codes;
+        job.planes = planes, job.subwidth = s.subwidth, job.inputs = call.inputs, job.targets = call.targets;
+        job.count = call.count, job.rows = rows, job.index = index, job.row_count = window.count;
+        job.kernel_columns = s.kernel[1], job.column_step = s.dilation[1], job.pixel_step = s.stride[1];
+        job.index_step = s.outputs, job.pixels = s.out_width, job.y = tile;
+        for (int64_t i = 0; i < window.count; i++) {
+            const int64_t input = window.input + i * s.dilation[0];
+            build(input, job);
+            rows[i] = tables + input % call.ring() * row_floats();
+        }
+        for (int64_t block = 0; block < t.blocks; block++) {
+            const int64_t channel = group * s.group_outputs + block * BLOCK, tap = s.subspaces * s.outputs;
+            for (int64_t i = 0; i < window.count; i++)
+                index[i] = call.plain + (window.first + i) * s.kernel[1] * tap + channel;
+            memset(tile, 0, size_t(s.out_width * BLOCK) * sizeof(float));
+            job.channels = channels(block);
+            call.kernels->exact_sum(&job);
+            const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
+            for (int64_t i = 0; i < s.out_width * BLOCK; i++) tile[i] += bias[i % BLOCK];
+            write(block, out, tile);
+        }
+    }
+};
+
+template <class Kind>
+bool run(const Image& image, int64_t begin, int64_t end) {
+    Kind rows(image);
+    if (!rows.reserve()) return false;
+    for (int64_t group = 0; group < image.call.shape.groups; group++) {
+        rows.start(group);
+        for (int64_t out = begin; out < end; out++) rows.row(out);
+    }
+    return true;
+}
+
+}  // namespace
+
+bool quantized_rows(const Image& image, int64_t begin, int64_t end) { return run<Quantized>(image, begin, end); }
+
+bool exact_rows(const Image& image, int64_t begin, int64_t end) { return run<Exact>(image, begin, end); }
+
+}  // namespace fx
