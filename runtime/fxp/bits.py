@@ -64,7 +64,7 @@ def decode(data: memoryview, count: int) -> Tensor:
     """
     if count > _SYMBOLS_PER_BYTE * len(data):
         raise FormatError(f"{len(data)} bytes cannot hold {count} coded numbers")
-    return torch.frombuffer(bytearray(inflate(data, -15, count, "coded numbers")), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(inflate(data, -15, count, "coded numbers"), np.uint8).copy())
 
 
 def inflate(data: memoryview | bytes, wbits: int, size: int, what: str, *, exact: bool = True) -> bytes:

@@ -73,7 +73,7 @@ class Place:
         check_object(row, what, {"bytes": int, "coding": str}, {"frozen": list})
         if type(layer).__name__ not in CODECS or row["bytes"] < 0:
             raise FormatError(f"{what} is none: a {type(layer).__name__} is stored by its state dict")
-        if not all(name in layer._parameters for name in row.get("frozen", [])):
+        if not all(isinstance(name, str) and name in layer._parameters for name in row.get("frozen", [])):
             raise FormatError(f"{what} names a parameter that the layer has not")
         return cls(path, layer, row)
 

@@ -88,6 +88,6 @@ def read_drawn(name: str, row: dict[str, JSON]) -> Drawn:
     number = name.removeprefix(INPUTS)
     if not (number.isascii() and number.isdecimal() and len(number) < 10):
         raise FormatError(f"{what} has no number")
-    if form.dtype not in _FLOATS or math.prod(form.shape) > _MOST:
+    if form.dtype not in _FLOATS or not 2 <= math.prod(form.shape) <= _MOST:
         raise FormatError(f"{what} of {form.dtype} and {math.prod(form.shape)} numbers cannot be drawn")
     return Drawn(form, int(number), drawn["mean"], drawn.get("std"))

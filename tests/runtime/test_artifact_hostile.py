@@ -10,6 +10,7 @@ import os
 import resource
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from fxpress.ir.errors import ArtifactError
 from fxpress.ir.graph import Graph, TensorSpec
 from fxpress.runtime.artifact import load, save
+from fxpress.runtime.layers import PQConv2d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -31,10 +33,11 @@ SECONDS = 10.0  # a load of these few kilobytes takes some milliseconds
 
 
 def small_graph() -> Graph:
-    """A convolution, a batch norm, a scale, a slice and a sum; two inputs, one of them a keyword."""
+    """A convolution, a batch norm, a quantized convolution, a scale, a slice and a sum; two inputs, one a keyword."""
     root = nn.Module()
     root.block = nn.Module()
     root.block.conv, root.block.bn = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+    root.block.pq = PQConv2d(3, 3, 1, subspace=2, codewords=4, codebook="int8")
     root.block.register_parameter("scale", nn.Parameter(torch.ones(3, 1, 1)))
     nodes = fx.Graph()
     x, shift = nodes.placeholder("x"), nodes.placeholder("shift")
@@ -43,6 +46,7 @@ def small_graph() -> Graph:
         return nodes.create_node("call_function", op, args, kwargs, getattr(op, "_opname", op.__name__))
 
     y = nodes.call_module("block.bn", (nodes.call_module("block.conv", (x,)),))
+    y = nodes.call_module("block.pq", (y,))
     y = call(torch.ops.aten.mul.Tensor, y, nodes.get_attr("block.scale"))
     y = call(torch.ops.aten.gelu.default, y, approximate="tanh")
     y = call(torch.ops.aten.reshape.default, y, [call(torch.ops.aten.sym_size.int, y, 0), -1])
@@ -53,7 +57,7 @@ def small_graph() -> Graph:
         node.meta = {"spec": TensorSpec((2, 3), torch.float32), "path": "block", "source": "model.py:3 y = x"}
     in_spec, out_spec = pytree.tree_structure(((0,), {"shift": 0})), pytree.tree_structure({"out": 0})
     nodes._codegen = _PyTreeCodeGen(_PyTreeInfo(["x", "shift"], in_spec, out_spec))
-    graph = Graph(fx.GraphModule(root, nodes), (torch.randn(2, 2, 3, 3),), {"shift": torch.ones(1)})
+    graph = Graph(fx.GraphModule(root, nodes), (torch.randn(2, 2, 6, 6),), {"shift": torch.ones(1)})
     graph(*graph.example_args, **graph.example_kwargs)
     return graph
 
@@ -75,23 +79,34 @@ def assemble(header: dict[str, JSON] | bytes, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def sign(header: dict[str, JSON]) -> None:
-    """Make the checksum of the texts right: a hostile writer can."""
-    total = hashlib.sha256()
-    for name in ("graph", "pipeline", "report"):
-        text = header["__metadata__"][name].encode("utf-8", "surrogatepass")
-        total.update(len(text).to_bytes(8, "little") + text)
-    header["__metadata__"]["sha256"] = total.hexdigest()
+def document_of(data: bytes) -> Document:
+    """The description: graph, pipeline and report."""
+    header, body = unpack(data)
+    start, end = header["fxpress/document"]["data_offsets"]
+    return json.loads(zlib.decompress(body[start:end]))
+
+
+def with_bytes(data: bytes, described: bytes) -> bytes:
+    """The file with other bytes as its description, correctly signed: a hostile writer can."""
+    header, body = unpack(data)
+    start, end = header["fxpress/document"]["data_offsets"]
+    grown = len(described) - (end - start)
+    for entry in (header[name] for name in header if name != "__metadata__"):
+        entry["data_offsets"] = [at + grown if at >= end else at for at in entry["data_offsets"]]
+    header["fxpress/document"].update(shape=[len(described)], data_offsets=[start, start + len(described)])
+    header["__metadata__"]["sha256"] = hashlib.sha256(described).hexdigest()
+    return assemble(header, body[:start] + described + body[end:])
+
+
+def with_text(data: bytes, text: str) -> bytes:
+    return with_bytes(data, zlib.compress(text.encode("utf-8", "surrogatepass")))
 
 
 def with_graph(data: bytes, change: Callable[[Document], object]) -> bytes:
     """The file with another, correctly signed graph."""
-    header, body = unpack(data)
-    document = json.loads(header["__metadata__"]["graph"])
-    change(document)
-    header["__metadata__"]["graph"] = json.dumps(document)
-    sign(header)
-    return assemble(header, body)
+    document = document_of(data)
+    change(document["graph"])
+    return with_text(data, json.dumps(document))
 
 
 def refused(path: Path, data: bytes) -> str:
@@ -254,8 +269,7 @@ LAYERS: dict[str, dict[str, JSON]] = {
 
 @pytest.mark.parametrize("fields", LAYERS.values(), ids=LAYERS)
 def test_layers(good: bytes, tmp_path: Path, fields: dict[str, JSON]) -> None:
-    header, _ = unpack(good)
-    rows = json.loads(header["__metadata__"]["graph"])["modules"]
+    rows = document_of(good)["graph"]["modules"]
     index = next(i for i, row in enumerate(rows) if row.get("type") == "Conv2d")
     assert "block.conv" in refused(tmp_path / "m.fxp", with_graph(good, module(index, **fields)))
 
@@ -375,9 +389,13 @@ HEADERS: dict[str, Callable[[dict[str, JSON]], object]] = {
     "metadata is text": lambda h: h.update(__metadata__="x"),
     "metadata is not text": lambda h: h["__metadata__"].update(format=3),
     "another format": lambda h: h["__metadata__"].update(format="pt"),
-    "no graph": lambda h: h["__metadata__"].pop("graph"),
+    "no checksum": lambda h: h["__metadata__"].pop("sha256"),
     "an extra text": lambda h: h["__metadata__"].update(code="print()"),
-    "checksum": lambda h: h["__metadata__"].update(pipeline="{}"),
+    "checksum": lambda h: h["__metadata__"].update(sha256="0" * 64),
+    "no description": lambda h: h["fxpress/document"].update(shape=[0], data_offsets=[0, 0]),
+    "description of words": lambda h: h["fxpress/document"].update(dtype="I8"),
+    "description in rows": lambda h: h["fxpress/document"].update(shape=[1, *h["fxpress/document"]["shape"]]),
+    "description beyond the end": lambda h: h["fxpress/document"].update(data_offsets=[2**40, 2**40 + 12]),
     "no tensor": lambda h: h.pop("block.scale"),
     "an extra tensor": lambda h: h.update(more={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
     "dtype": lambda h: h["block.scale"].update(dtype="I32"),
@@ -400,7 +418,7 @@ def test_headers(good: bytes, tmp_path: Path, change: Callable[[dict[str, JSON]]
 
 
 def test_a_newer_version_says_so(good: bytes, tmp_path: Path) -> None:
-    data = edited(good, lambda h: h["__metadata__"].update(version="2"))
+    data = edited(good, lambda h: h["__metadata__"].update(version="3"))
     assert "Update fxpress" in refused(tmp_path / "m.fxp", data)
 
 
@@ -416,10 +434,39 @@ def test_header_texts(good: bytes, tmp_path: Path, text: bytes) -> None:
 @pytest.mark.parametrize("text", ["", "[", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "[1]", '"x"', "{\ud800}",
                                   '{"a":1e999}', '{"a":"\\ud800"}', '{"a":"\\u001b"}'])  # fmt: skip
 def test_texts(good: bytes, tmp_path: Path, name: str, text: str) -> None:
+    parts = {key: json.dumps(value) for key, value in document_of(good).items()} | {name: text}
+    whole = ",".join(f'"{key}":{value}' for key, value in parts.items())
+    refused(tmp_path / "m.fxp", with_text(good, f"{{{whole}}}"))
+
+
+DEFLATED: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda d: b"",
+    "no stream": lambda d: b"{}" * 40,
+    "truncated": lambda d: d[:-1],
+    "cut short": lambda d: d[: len(d) // 2],
+    "more behind it": lambda d: d + b"\0",
+    "two streams": lambda d: d + d,
+    "damaged": lambda d: d[:60] + b"\xff\xff\xff" + d[63:],
+    "checksum": lambda d: d[:-4] + b"abcd",
+    "raw": lambda d: d[2:-4],
+    "dictionary": lambda d: zlib.compressobj(zdict=b"graph").compress(b"{}") + zlib.compressobj().flush(),
+}
+
+
+@pytest.mark.parametrize("change", DEFLATED.values(), ids=DEFLATED)
+def test_deflated_descriptions(good: bytes, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     header, body = unpack(good)
-    header["__metadata__"][name] = text
-    sign(header)
-    refused(tmp_path / "m.fxp", assemble(header, body))
+    start, end = header["fxpress/document"]["data_offsets"]
+    refused(tmp_path / "m.fxp", with_bytes(good, change(body[start:end])))
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_bomb(good: bytes, tmp_path: Path) -> None:
+    """A quarter of a megabyte that inflates to a quarter of a gigabyte."""
+    coder = zlib.compressobj(9)
+    bomb = b"".join([*(coder.compress(b" " * (1 << 20)) for _ in range(256)), coder.flush()])
+    assert len(bomb) < 1 << 18
+    assert "33554432 bytes" in refused(tmp_path / "m.fxp", with_bytes(good, bomb))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
@@ -431,14 +478,13 @@ def test_bool_tensors_hold_bools(tmp_path: Path) -> None:
     graph = small_graph()
     graph.module.block.register_buffer("flag", torch.tensor([True]))
     save(tmp_path / "m.fxp", graph)
-    header, body = unpack((tmp_path / "m.fxp").read_bytes())
+    data = (tmp_path / "m.fxp").read_bytes()
+    header, body = unpack(data)
     start, end = header["block.flag"]["data_offsets"]
-    body = body[:start] + b"\x02" + body[end:]
-    document = json.loads(header["__metadata__"]["graph"])
-    document["tensors"]["block.flag"]["sha256"] = hashlib.sha256(b"\x02").hexdigest()
-    header["__metadata__"]["graph"] = json.dumps(document)
-    sign(header)
-    assert "bool" in refused(tmp_path / "m.fxp", assemble(header, body))
+    data = assemble(header, body[:start] + b"\x02" + body[end:])
+    digest = hashlib.sha256(b"\x02").hexdigest()
+    data = with_graph(data, put("tensors", "block.flag", "sha256", value=digest))
+    assert "bool" in refused(tmp_path / "m.fxp", data)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -521,7 +567,7 @@ def places(value: JSON, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | 
 @given(data=st.data())
 def test_signed_nonsense(good: bytes, folder: Path, data: st.DataObject) -> None:
     """A graph with random places replaced, its checksums right: refused, or loaded as a graph that saves again."""
-    document = json.loads(unpack(good)[0]["__metadata__"]["graph"])
+    document = document_of(good)["graph"]
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from([p for p in places(document) if p]))
         put(*place, value=copy.deepcopy(data.draw(ODD)))(document)
