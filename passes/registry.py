@@ -16,6 +16,7 @@ PASSES: dict[str, str] = {
     "insert-masks": "prune.insert_masks:InsertMasks",
     "select-channels": "prune.select_channels:SelectChannels",
     "prune-channels": "prune.prune_channels:PruneChannels",
+    "binarize": "binarize.binarize:Binarize",
     "reestimate-batchnorm": "train.reestimate_batchnorm:ReestimateBatchnorm",
     "product-quantize": "quantize.product_quantize:ProductQuantize",
     "distill": "train.distill:Distill",

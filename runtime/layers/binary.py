@@ -57,19 +57,25 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _quantized(weight: Tensor, weights: Weights, scale: Scale) -> Tensor:
+    if weights == "binary":  # few passes over a large weight
+        alpha = _mean_size(weight, scale)
+        return torch.where(weight >= 0, alpha, -alpha)
     size = weight.abs()
-    b = torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype)
-    if weights == "ternary":
-        b = b * (size > TERNARY * _mean(size, scale if scale == "layer" else "filter"))
+    taken = (size > TERNARY * _mean_size(weight, scale if scale == "layer" else "filter")).to(weight.dtype)
     if scale == "none":
-        return b
-    taken = b.abs()
-    return b * (_mean(size * taken, scale) / _mean(taken, scale).clamp(min=torch.finfo(weight.dtype).tiny))
+        return weight.sign() * taken
+    alpha = _mean_size(weight * taken, scale) / _mean_size(taken, scale).clamp(min=torch.finfo(weight.dtype).tiny)
+    return torch.where(weight >= 0, alpha, -alpha) * taken
 
 
-def _mean(values: Tensor, scale: Scale) -> Tensor:
-    """Mean per filter, (O, 1, ...), or of all."""
-    return values.mean() if scale == "layer" else values.mean(list(range(1, values.dim())), keepdim=True)
+def _mean_size(values: Tensor, scale: Scale) -> Tensor:
+    """Mean |value| per filter, (O, 1, ...), or of all; 1 without a scale."""
+    if scale == "none":
+        return torch.ones((), dtype=values.dtype, device=values.device)
+    dims = list(range(1, values.dim())) if scale == "filter" else None
+    count = values.numel() if dims is None else values[0].numel()
+    total: Tensor = torch.linalg.vector_norm(values, 1, dims, keepdim=dims is not None)
+    return total / max(count, 1)
 
 
 def latent_of(values: Tensor, latent: Tensor, weights: Weights = "binary", scale: Scale = "filter") -> Tensor:
@@ -85,7 +91,7 @@ def latent_of(values: Tensor, latent: Tensor, weights: Weights = "binary", scale
         return values.clone()
     if scale == "none":
         return latent.clone()
-    mean = _mean(latent.abs(), scale)
+    mean = _mean_size(latent, scale)
     return torch.where(mean > 0, latent * (values.abs() / mean.clamp(min=torch.finfo(latent.dtype).tiny)), values)
 
 

@@ -1,0 +1,1 @@
+"""Passes that make weights one bit wide and activations one to four."""
