@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch.nn import functional
 from ...ir.errors import DataError
 from ...runtime.data import Batch
 
-SIZE, SHORT, SMALLEST = 224, 448, 0.35
+SIZE, SHORT, SMALLEST = 224, 448, 160
+"""Pixels: of a crop as the network sees it, of a photograph's shorter side, of a crop's side at least."""
 MEAN, STD = 127 / 255, 128 / 255
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CALIBRATION_EACH = 3
@@ -22,8 +24,8 @@ CALIBRATION_EACH = 3
 class Crops:
     """Batches of square crops, mirrored at random, and the number of the photograph as target.
 
-    A crop's side is 35 % to 100 % of the photograph's shorter one. Which crops these are depends on seed, epoch and
-    number of the batch alone; the photographs take turns.
+    A crop's side is between 160 pixels and the photograph's shorter side; a photograph that is smaller is taken whole.
+    Which crops these are depends on seed, epoch and number of the batch alone; the photographs take turns.
 
     Args:
         photos: uint8 (3, H, W).
@@ -56,6 +58,23 @@ class Crops:
             yield inputs, torch.tensor(numbers)
 
 
+class Photos(NamedTuple):
+    """Photographs for calibration and fine-tuning, for judging, and further images for the former."""
+
+    known: list[Tensor]
+    unseen: list[Tensor]
+    more: list[Tensor]
+
+    def mixed(self) -> list[Tensor]:
+        """Photographs and further images in turns."""
+        turns = [(self.known[index % len(self.known)], other) for index, other in enumerate(self.more)]
+        return [image for turn in turns for image in turn] or self.known
+
+    def __str__(self) -> str:
+        more = f" and {len(self.more)} other images" if self.more else ""
+        return f"{len(self.known)} photographs{more} for calibration and fine-tuning, {len(self.unseen)} for judging"
+
+
 def read_photos(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Photographs of a folder, in the order of their names: those for calibration, and the others.
 
@@ -73,6 +92,18 @@ def read_photos(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     photos = [_read(file) for file in files]
     others = [photo for index, photo in enumerate(photos) if index % CALIBRATION_EACH]
     return photos[::CALIBRATION_EACH], others
+
+
+def read_some(folder: Path, count: int) -> list[Tensor]:
+    """Images from anywhere below a folder, `count` of them, evenly spaced in the order of their paths.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < count:
+        raise DataError(f"there are {len(files)} images below {folder} ({', '.join(SUFFIXES)}), {count} are needed")
+    return [_read(files[index * len(files) // count]) for index in range(count)]
 
 
 def _read(file: Path) -> Tensor:
@@ -95,7 +126,9 @@ def _crop(photo: Tensor, generator: torch.Generator) -> Tensor:
     """One crop as float (1, 3, 224, 224), values 0-255."""
     share, down, across, mirror = torch.rand(4, generator=generator).tolist()
     height, width = photo.shape[1:]
-    side = round(min(height, width) * (SMALLEST + share * (1 - SMALLEST)))
+    short = min(height, width)
+    least = min(SMALLEST, short)
+    side = round(least + share * (short - least))
     top, left = round(down * (height - side)), round(across * (width - side))
     crop = photo[None, :, top : top + side, left : left + side].float()
     crop = functional.interpolate(crop, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
