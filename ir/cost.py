@@ -23,10 +23,15 @@ class NodeCost:
 class Cost:
     """Cost of a graph.
 
+    A product-quantized layer counts as it is stored and as table kernels compute it (Wu et al. 2016, section 3.3): K
+    multiply-accumulates for each input to fill the tables, one for each look-up (a tap of a sub-space of an output); its
+    parameters are the codewords and the bias, which learn; its bytes hold each index in log2(K) bits. One whose
+    `kernel` is `dense` counts the multiply-accumulates of its dense weight.
+
     Attributes:
         macs: multiply-accumulates per image of convolutions, linear layers and matrix products.
         params: parameters; a shared one counts once.
-        bytes: bytes of the parameters and buffers.
+        bytes: bytes of the parameters and buffers, as a file holds them.
         per_node: the same by node name; a shared layer's parameters are counted at its first call.
     """
 
@@ -45,12 +50,12 @@ def measure_cost(graph: Graph) -> Cost:
     seen: set[int] = set()
     per_node: dict[str, NodeCost] = {}
     for node in graph.module.graph.nodes:
-        params, size = 0, 0
-        for tensor, trainable in _tensors(graph, node.op, str(node.target)):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                params += tensor.numel() if trainable else 0
-                size += tensor.numel() * tensor.element_size()
+        found = [pair for pair in _tensors(graph, node.op, str(node.target)) if id(pair[0]) not in seen]
+        seen.update(id(tensor) for tensor, _ in found)
+        params = sum(tensor.numel() for tensor, trainable in found if trainable)
+        size = sum(tensor.numel() * tensor.element_size() for tensor, _ in found)
+        packed = getattr(graph.layer(node), "stored_bytes", None)  # layers of fxpress.runtime say it themselves
+        size = size if packed is None or not found else packed
         per_node[node.name] = NodeCost(macs.get(node.name, 0.0), params, size)
     costs = per_node.values()
     return Cost(sum(c.macs for c in costs), sum(c.params for c in costs), sum(c.bytes for c in costs), per_node)

@@ -211,6 +211,8 @@ def test_costs() -> None:
     assert dense == 25 * 9 * 4 * 6 + 150 * 7
     pq = measure_cost(quantize(graph, 2, kernel="table"))
     assert pq.macs == 25 * 4 * 8 + 25 * 9 * 2 * 6 + 150 * 8 + 75 * 7
+    assert pq.params == 2 * 8 * 2 + 6 + 75 * 8 * 2 + 7  # codewords and biases
+    assert pq.bytes == 4 * pq.params + 9 * 2 * 6 * 3 // 8 + 1 + -(-75 * 7 * 3 // 8)  # and indices of 3 bits
     for node in graph.nodes:
         layer = graph.layer(node)
         if isinstance(layer, PQLayer):

@@ -139,9 +139,8 @@ def test_takes_the_place_of_a_layer(layer: Any) -> None:
 
 
 def test_is_rebuilt_from_its_configuration() -> None:
-    options: dict[str, Any] = dict(
-        subspace=4, codewords=16, codebook="int8", entropy=True, kernel="table", tables="int8"
-    )
+    options: dict[str, Any] = {"subspace": 4, "codewords": 16, "codebook": "int8", "entropy": True}
+    options |= {"kernel": "table", "tables": "int8"}
     for layer in (
         PQLinear(10, 7, False, **options),
         PQConv2d(12, 20, (3, 1), 2, "valid", 2, 2, True, **options),
