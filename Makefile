@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# touched after an install; a newer pyproject.toml installs again
+# touched after an install; a newer pyproject.toml or kernel installs again
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint types pytest pytest-all bench install clean
+.PHONY: demo test test-all lint types asan pytest pytest-all bench install clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -15,7 +15,7 @@ demo: $(STAMP)
 # the order matters: pytest's closing line is the last thing printed
 test: lint types pytest
 
-test-all: lint types pytest-all
+test-all: lint types asan pytest-all
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,6 +28,16 @@ types: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target build/installed .
 	cd build/installed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache --package fxpress
+
+# The kernels once more, with AddressSanitizer and UBSan, under the same tests. Leaks are not looked for: Python has its own.
+ASAN := build/asan
+asan: $(STAMP)
+	rm -rf $(ASAN)
+	FXPRESS_KERNEL_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
+		$(BIN)/python setup.py --quiet build_ext --build-lib $(ASAN) --build-temp $(ASAN)/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		FXPRESS_KERNEL_LIBRARY=$(CURDIR)/$(ASAN)/fxpress/runtime/kernels/libfxpress_kernels.so \
+		$(BIN)/python -m pytest -m "not slow" tests/runtime/kernels
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
@@ -45,7 +55,7 @@ bench: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard runtime/kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fxpress needs Python 3.10 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -53,4 +63,5 @@ $(STAMP): pyproject.toml
 
 clean:
 	rm -rf build dist demo.fxp .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info $(VENV)
+	rm -f runtime/kernels/*.so runtime/kernels/*.dylib
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,9 +25,11 @@ QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 # ending of a file's name -> flags; the most specific names first
 ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx2 -mfma -mbmi2 "
-    "-mprefer-vector-width=512".split(),
-    "avx2": "-mavx2 -mfma -mbmi2".split(),
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+        *("-mavx2", "-mfma", "-mbmi2", "-mprefer-vector-width=512"),
+    ],
+    "avx2": ["-mavx2", "-mfma", "-mbmi2"],
 }
 
 
@@ -82,7 +84,7 @@ class BuildKernels(build_ext):
         suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
         return os.path.join(*fullname.split(".")) + suffix
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
+    def get_export_symbols(self, _: Extension) -> list[str]:
         """No PyInit function either."""
         return []
 

@@ -48,9 +48,7 @@ class Header:
     @classmethod
     def read(cls, layout: Tensor) -> Header:
         """The header of a layout, checked against the size of the tensor."""
-        if layout.dtype != torch.uint8 or layout.dim() != 1 or layout.numel() < HEADER_BYTES:
-            shape = f"{str(layout.dtype).removeprefix('torch.')} {tuple(layout.shape)}"
-            raise KernelError(f"An index layout is a 1-D uint8 tensor of at least 64 bytes, not {shape}", hint=_HINT)
+        check_tensor(layout)
         magic, *numbers = _FORMAT.unpack(bytes(layout[:HEADER_BYTES].tolist()))
         header = cls(*numbers)
         if magic != MAGIC or header.layout not in LAYOUTS:
@@ -61,6 +59,19 @@ class Header:
                 f"An index layout whose header does not fit its {layout.numel()} bytes: {header}", hint=_HINT
             )
         return header
+
+    def check(self, codebook: Tensor, outputs: int, taps: int = 1, groups: int = 1) -> None:
+        """That a layout belongs to a codebook (M, K, d) and a layer; the C functions check the same.
+
+        Raises:
+            KernelError: it belongs to another layer.
+        """
+        mine = (self.subspaces, self.codewords, self.outputs, self.taps, self.groups)
+        wanted = (*codebook.shape[:2], outputs, taps, groups)
+        if mine != wanted:
+            numbers = "{} sub-spaces, {} code words, {} outputs, {} taps and {} groups"
+            what = f"An index layout of {numbers.format(*mine)} does not fit a codebook of {numbers.format(*wanted)}"
+            raise KernelError(what, hint=_HINT)
 
     def is_sane(self) -> bool:
         """Whether each number alone is in its range; the same limits as in csrc/layout.h."""
@@ -88,6 +99,17 @@ class Header:
 
 
 _HINT = "Make it anew from the layer's indices with fxpress.runtime.kernels.prepare_linear or prepare_conv2d"
+
+
+def check_tensor(layout: Tensor) -> None:
+    """That it can be a layout at all; the rest is checked where it is read.
+
+    Raises:
+        KernelError: it is no 1-D uint8 tensor of at least 64 bytes.
+    """
+    if layout.dtype != torch.uint8 or layout.dim() != 1 or layout.numel() < HEADER_BYTES:
+        shape = f"{str(layout.dtype).removeprefix('torch.')} {tuple(layout.shape)}"
+        raise KernelError(f"An index layout is a 1-D uint8 tensor of at least 64 bytes, not {shape}", hint=_HINT)
 
 
 @dataclass(frozen=True)
@@ -126,7 +148,8 @@ def pack(layout: int, indices: Tensor, codewords: int, groups: int = 1) -> Tenso
 def unpack(layout: Tensor) -> tuple[Header, Tensor]:
     """The header, and the indices (taps, M, out) uint8 that a layout holds."""
     header = Header.read(layout)
-    return header, LAYOUTS[header.layout].unpack(header, layout[HEADER_BYTES:])
+    # what a damaged payload may hold beyond the code words is cut to their bits, as in the compiled kernels
+    return header, LAYOUTS[header.layout].unpack(header, layout[HEADER_BYTES:]) & (header.codewords - 1)
 
 
 def _plain_pack(_: Header, indices: Tensor) -> Tensor:
@@ -211,8 +234,8 @@ def _conv(gang: int) -> Layout:
 LAYOUTS: dict[int, Layout] = {
     PLAIN: Layout("plain", lambda header: header.subspaces * header.outputs, _plain_pack, _plain_unpack),
     LANES: _Panels(16, 4, 32, lambda header: (8, 4) if header.codewords <= 16 else (6, 5)).layout("lanes"),
-    ROWS: _Panels(64, 1, 256, lambda header: (1, 8)).layout("rows"),
-    PAIRS: _Panels(32, 1, 16, lambda header: (2, 4)).layout("pairs"),
+    ROWS: _Panels(64, 1, 256, lambda _: (1, 8)).layout("rows"),
+    PAIRS: _Panels(32, 1, 16, lambda _: (2, 4)).layout("pairs"),
     CONV1: _conv(1),
     CONV2: _conv(2),
     CONV4: _conv(4),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import KernelError
+from . import layout as layouts
 from . import library, reference
 
 _TABLES = ("fp32", "int16", "int8")
@@ -34,6 +35,8 @@ def _check(x: Tensor, codebook: Tensor, bias: Tensor | None, outputs: int, table
     for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
         if tensor is not None and tensor.dtype != torch.float32:
             raise KernelError(f"{name} is {tensor.dtype}", hint="The kernels read float32; decode the layer for others")
+    if outputs < 1:
+        raise KernelError(f"There are {outputs} outputs")
     if codebook.dim() != 3:
         raise KernelError(f"A codebook is (sub-spaces, code words, width), not {tuple(codebook.shape)}")
     subspaces, _, width = codebook.shape
@@ -43,8 +46,15 @@ def _check(x: Tensor, codebook: Tensor, bias: Tensor | None, outputs: int, table
         raise KernelError(f"bias has shape {tuple(bias.shape)} where there are {outputs} outputs")
 
 
+def _inputs(x: Tensor) -> int:
+    if not x.dim():
+        raise KernelError("x is a scalar", hint="A linear layer reads (…, inputs)")
+    return x.shape[-1]
+
+
 def _pq_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:
-    _check(x, codebook, bias, out, tables, x.shape[-1])
+    _check(x, codebook, bias, out, tables, _inputs(x))
+    layouts.check_tensor(layout)
     found = library.library()
     if found is None:
         return reference.pq_linear(x, codebook, layout, bias, out, tables)
@@ -79,7 +89,7 @@ def _as_blocks(codebook: Tensor) -> tuple[Tensor, bool]:
 
 
 def _fake_linear(x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out: int, tables: str) -> Tensor:
-    _check(x, codebook, bias, out, tables, x.shape[-1])
+    _check(x, codebook, bias, out, tables, _inputs(x))
     return x.new_empty(*x.shape[:-1], out)
 
 
@@ -97,17 +107,20 @@ def _pq_conv2d(
     tables: str,
 ) -> Tensor:
     _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
+    layouts.check_tensor(layout)
     found = library.library()
     if found is None:
         y = reference.pq_conv2d(
             x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
         )
         return y.contiguous(memory_format=_image_format(x))
-    y = _fake_conv2d(
-        x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
-    )
+    y = _fake_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables)
     memory_format = _image_format(x)
-    x, (codebook, dims_major), layout = x.contiguous(memory_format=memory_format), _as_blocks(codebook), layout.contiguous()
+    x, (codebook, dims_major), layout = (
+        x.contiguous(memory_format=memory_format),
+        _as_blocks(codebook),
+        layout.contiguous(),
+    )
     bias = bias if bias is None else bias.contiguous()
     sizes = (*x.shape, *y.shape[1:], *kernel_size, *stride, *padding, *dilation, groups, *codebook.shape)
     status = found.fxpress_pq_conv2d(

@@ -82,7 +82,8 @@ def pq_linear(
     x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out_features: int, tables: str
 ) -> Tensor:
     """(…, in) -> (…, out); the arguments are those of `torch.ops.fxpress.pq_linear`."""
-    _, indices = layouts.unpack(layout)
+    header, indices = layouts.unpack(layout)
+    header.check(codebook, out_features)
     rows = x.reshape(-1, x.shape[-1])
     rows = F.pad(rows, (0, codebook.shape[0] * codebook.shape[2] - rows.shape[1]))
     table = tables_of(rows, codebook)

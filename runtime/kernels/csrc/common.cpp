@@ -30,9 +30,13 @@ int fail(int status, const char* format, ...) {
 }
 
 void* scratch(int slot, size_t bytes) {
-    if (bytes <= arena.bytes[slot]) return arena.memory[slot];
     if (bytes > (size_t(1) << 40)) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    size_t rounded = (bytes + 63) & ~size_t(63);  // anew at every call, so that a step outside shows
+#else
+    if (bytes <= arena.bytes[slot]) return arena.memory[slot];
     size_t rounded = (bytes + bytes / 8 + 4095) & ~size_t(4095);
+#endif
     free(arena.memory[slot]);
     arena.memory[slot] = aligned_alloc(64, rounded);
     arena.bytes[slot] = arena.memory[slot] ? rounded : 0;

@@ -40,12 +40,12 @@ int check(const Call& call, int64_t outputs) {
     const Codebook& book = call.codebook;
     const Layout& layout = call.layout;
     if (layout.taps != 1 || layout.groups != 1)
-        return fail(BAD_LAYOUT, "An index layout of %u taps and %u groups was given to a linear layer", layout.taps,
+        return fail(BAD_LAYOUT, "An index layout of %u taps and %u groups does not fit a linear layer", layout.taps,
                     layout.groups);
     if (layout.subspaces != book.subspaces || layout.codewords != book.codewords || layout.outputs != outputs)
         return fail(BAD_LAYOUT,
-                    "An index layout of %u sub-spaces, %u code words and %u outputs does not fit a codebook of %lld "
-                    "sub-spaces, %lld code words and %lld outputs",
+                    "An index layout of %u sub-spaces, %u code words, %u outputs does not fit a codebook of %lld "
+                    "sub-spaces, %lld code words, %lld outputs",
                     layout.subspaces, layout.codewords, layout.outputs, (long long)book.subspaces,
                     (long long)book.codewords, (long long)outputs);
     bool fits = book.width >= 1 && book.width < (1 << 24) && call.inputs > (book.subspaces - 1) * book.width &&
