@@ -15,6 +15,9 @@ const ConvKernels* kernels_of(int isa) {
 #if defined(FX_HAVE_AVX512)
     if (isa >= AVX512 && can_run(AVX512)) return &conv_avx512;
 #endif
+#if defined(FX_HAVE_AVX2)
+    if (isa >= AVX2 && can_run(AVX2)) return &conv_avx2;
+#endif
     (void)isa;
     return &conv_portable;
 }

@@ -14,6 +14,12 @@ namespace {
 
 FX_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 FX_INLINE void store(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+// A load that stays one: else the compiler repeats it as the operand of every instruction that uses the value.
+FX_INLINE __m512i hold(const void* p) {
+    __m512i v = load(p);
+    asm("" : "+v"(v));
+    return v;
+}
 FX_INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
 static void choose(ConvTables* t) { t->gang = t->entries <= 32 ? 4 : t->entries == 64 ? 2 : 1; }
@@ -184,8 +190,8 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
             for (int v = 0; v < 4; v++) c[v] = load(codes + v * 64);
             FX_UNROLL
             for (int p = 0; p < P; p++) {
-                const __m512i t0 = load(table + p * job->table_step);
-                const __m512i t1 = TWO ? load(table + p * job->table_step + 64) : t0;
+                const __m512i t0 = hold(table + p * job->table_step);
+                const __m512i t1 = TWO ? hold(table + p * job->table_step + 64) : t0;
                 FX_UNROLL
                 for (int v = 0; v < 4; v++) {
                     __m512i e = TWO ? _mm512_permutex2var_epi8(t0, c[v], t1) : _mm512_permutexvar_epi8(c[v], t0);
@@ -218,8 +224,8 @@ static void sum_gang2(const SumJob* job, int64_t block, int64_t x) {
             const __m512i c00 = load(codes0), c01 = load(codes0 + 64), c10 = load(codes1), c11 = load(codes1 + 64);
             FX_UNROLL
             for (int p = 0; p < P; p++) {
-                const __m512i t0 = load(table0 + p * step), t1 = load(table0 + p * step + 64);
-                const __m512i u0 = load(table1 + p * step), u1 = load(table1 + p * step + 64);
+                const __m512i t0 = hold(table0 + p * step), t1 = hold(table0 + p * step + 64);
+                const __m512i u0 = hold(table1 + p * step), u1 = hold(table1 + p * step + 64);
                 __m512i e0 = _mm512_add_epi8(_mm512_permutex2var_epi8(t0, c00, t1), _mm512_permutex2var_epi8(u0, c10, u1));
                 __m512i e1 = _mm512_add_epi8(_mm512_permutex2var_epi8(t0, c01, t1), _mm512_permutex2var_epi8(u0, c11, u1));
                 acc[p][0] = _mm512_add_epi16(acc[p][0], _mm512_maddubs_epi16(e0, ones));
@@ -245,7 +251,7 @@ template <int WIDTH>
 struct Entries {
     __m512i part[WIDTH / 64];
     FX_INLINE explicit Entries(const uint8_t* table) {
-        for (int i = 0; i < WIDTH / 64; i++) part[i] = load(table + i * 64);
+        for (int i = 0; i < WIDTH / 64; i++) part[i] = hold(table + i * 64);
     }
     FX_INLINE __m512i at(__m512i codes, __mmask64 upper) const {
         __m512i e = _mm512_permutex2var_epi8(part[0], codes, part[1]);
@@ -470,6 +476,6 @@ static void exact_sum(const ExactJob* job) {
 
 extern const ConvKernels conv_avx512;
 const ConvKernels conv_avx512 = {16, choose, largest, samples, bounds, peak, build, accumulate, decode, finish,
-                                 exact_build, exact_sum, transpose};
+                                 plain::exact_build, exact_sum, transpose};
 
 }  // namespace fx

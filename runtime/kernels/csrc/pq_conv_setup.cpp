@@ -47,44 +47,46 @@ float largest_code(const Call& call) {
     return value;
 }
 
-int16_t round16(float value) { return int16_t(int32_t(std::nearbyintf(value))); }
+// Words of one sub-space, [pair][entry], in the order of build(): groups of 4 entries stay together.
+void place(const Call& call, int64_t slot, const int32_t* words) {
+    const ConvTables& t = call.tables;
+    const int64_t lanes = call.kernels->lanes, chunk = 4 * lanes, sub = slot % t.gang;
+    int32_t* base = call.codes + slot / t.gang * t.term_bytes * t.pairs;
+    for (int64_t k = 0; k < t.entries; k += 4) {
+        int64_t number, vector, lane;
+        if (t.gang == 4) {
+            number = k / lanes, vector = sub, lane = k % lanes;
+        } else {
+            const int64_t entry = sub * t.entries + k, r = entry % chunk;
+            number = entry / chunk, vector = r / 4 % 4, lane = r / 16 * 4;
+        }
+        for (int64_t p = 0; p < t.pairs; p++)
+            memcpy(base + ((number * t.pairs + p) * 4 + vector) * lanes + lane, words + p * t.entries + k, 16);
+    }
+}
 
-// 16-bit code words in the order of build(), and the length of the longest of each sub-space.
-void round_codebook(Call& call, int16_t* rounded) {
+// 16-bit code words in the order of build(), and the length of the longest of each sub-space. `words` has room for one
+// sub-space, `rows` for its code words.
+void round_codebook(Call& call, int32_t* words, float* rows, float* lengths) {
     const ConvShape& s = call.shape;
     const ConvTables& t = call.tables;
-    const int64_t lanes = call.kernels->lanes, width = t.pairs * 2;
-    const int64_t vectors = t.term_bytes / lanes / 4;  // chunks of a term
     memset(call.codes, 0, size_t(call.slots() * t.entries * t.pairs) * 4);
+    memset(words, 0, size_t(t.entries * t.pairs) * 4);
     for (int64_t slot = 0; slot < call.slots(); slot++) {
         call.longest[slot] = 0;
         if (slot >= s.subspaces) continue;
-        memset(rounded, 0, size_t(s.codewords * width) * 2);
-        if (call.dims_major) {
-            for (int64_t j = 0; j < s.subwidth; j++)
-                for (int64_t k = 0; k < s.codewords; k++)
-                    rounded[k * width + j] = round16(call.codebook[(slot * s.subwidth + j) * s.codewords + k] * call.code_scale);
-        } else {
-            for (int64_t k = 0; k < s.codewords; k++)
-                for (int64_t j = 0; j < s.subwidth; j++)
-                    rounded[k * width + j] = round16(call.codebook[(slot * s.codewords + k) * s.subwidth + j] * call.code_scale);
+        const float* from = call.codebook + slot * s.codewords * s.subwidth;
+        if (!call.dims_major) {
+            call.kernels->transpose(from, s.subwidth, s.codewords, s.subwidth, rows, s.codewords);
+            from = rows;
         }
-        const int64_t term = slot / t.gang, sub = slot % t.gang;
-        int32_t* base = call.codes + term * vectors * t.pairs * 4 * lanes;
-        for (int64_t k = 0; k < s.codewords; k++) {
-            int64_t chunk, vector, lane;
-            if (t.gang == 4) {
-                chunk = k / 16, vector = sub, lane = k % 16;
-            } else {
-                const int64_t entry = sub * t.entries + k, r = entry % (4 * lanes);
-                chunk = entry / (4 * lanes), vector = r / 4 % 4, lane = r / 16 * 4 + r % 4;
-            }
-            int32_t sum = 0;
-            for (int64_t j = 0; j < width; j++) sum += int32_t(rounded[k * width + j]) * rounded[k * width + j];
-            call.longest[slot] = float(sum) > call.longest[slot] ? float(sum) : call.longest[slot];
-            for (int64_t p = 0; p < t.pairs; p++)
-                memcpy(base + ((chunk * t.pairs + p) * 4 + vector) * lanes + lane, rounded + k * width + 2 * p, 4);
+        for (int64_t p = 0; p < t.pairs; p++) {
+            const float* even = from + 2 * p * s.codewords;
+            call.kernels->samples(even, 2 * p + 1 < s.subwidth ? even + s.codewords : nullptr, s.codewords, call.code_scale,
+                                  words + p * t.entries);
         }
+        call.longest[slot] = call.kernels->bounds(words, t.entries, t.pairs, t.entries, 1, lengths);
+        place(call, slot, words);
     }
 }
 
@@ -105,7 +107,8 @@ int prepare(Call& call) {
         const bool real = arena.base;
         arena.used = 0;
         call.codes = arena.take<int32_t>(call.slots() * t.entries * t.pairs);
-        int16_t* rounded = arena.take<int16_t>(s.codewords * t.pairs * 2);
+        int32_t* words = arena.take<int32_t>(t.entries * t.pairs);
+        float* rows = arena.take<float>(s.codewords * s.subwidth + t.entries);
         call.longest = arena.take<float>(call.slots());
         call.padded_bias = arena.take<float>(s.groups * t.blocks * BLOCK);
         call.inputs = arena.take<int32_t>(t.columns), call.targets = arena.take<int32_t>(t.columns);
@@ -123,7 +126,7 @@ int prepare(Call& call) {
         call.quantized = call.quantized && (largest == 0 || (largest >= SMALLEST_RANGE && largest <= LARGEST_RANGE));
         if (!call.quantized) return OK;
         call.code_scale = largest == 0 ? 0 : call.code_scale / largest;
-        round_codebook(call, rounded);
+        round_codebook(call, words, rows, rows + s.codewords * s.subwidth);
         break;
     }
     if (int64_t(call.layout.id) == (t.gang == 4 ? CONV4 : t.gang == 2 ? CONV2 : CONV1)) {
