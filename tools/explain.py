@@ -223,6 +223,9 @@ def _locked(groups: Groups, found: Locked) -> GroupInfo:
     return GroupInfo(*names, round(found.macs), round(found.params), False, found.reasons)
 
 
+_LEAVES = (".weight", ".indices", ".codebook")
+
+
 def title_of_locked(graph: Graph, found: Locked) -> str:
     """A name for channels that no group holds: the first layer that produces them, else the first that has them."""
     names = [*_producers(graph, found.slots), *(layer_of(graph, name) for name, _ in found.slots), *found.members]
@@ -230,8 +233,16 @@ def title_of_locked(graph: Graph, found: Locked) -> str:
 
 
 def _producers(graph: Graph, slots: list[tuple[str, int]]) -> tuple[str, ...]:
-    """Layers whose weight, of two dimensions or more, holds the channels in its first: convolutions, linear layers."""
-    own = [name for name, dim in slots if dim == 0 and not name.endswith("bias") and _rank(graph, name) > 1]
+    """Layers whose weight, of two dimensions or more, holds the channels in its first: convolutions, linear layers.
+
+    Product-quantized ones hold them in the last of their indices; the first of their codebooks are what they read.
+    """
+    own = [
+        name
+        for name, dim in slots
+        if (name.endswith(".indices") and dim == 2)
+        or (dim == 0 and not name.endswith(("bias", ".codebook")) and _rank(graph, name) > 1)
+    ]
     return tuple(dict.fromkeys(layer_of(graph, name) for name in own))
 
 
@@ -247,7 +258,7 @@ def layer_of(graph: Graph, slot: str) -> str:
     if slot.startswith("%"):
         node = _computed(graph, slot)
         return str(node.meta.get("path") or node.name)
-    return slot.removesuffix(".weight")
+    return next((slot.removesuffix(leaf) for leaf in _LEAVES if slot.endswith(leaf)), slot)
 
 
 def _computed(graph: Graph, slot: str) -> fx.Node:

@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from ...ir.graph import Graph, TensorSpec
 from ...ir.groups import Groups
 from ...ir.labels import IntArray
+from ...runtime.layers.pq_layer import PQLayer
 
-PRODUCERS = (_ConvNd, nn.Linear, nn.Embedding)
+PRODUCERS = (_ConvNd, nn.Linear, nn.Embedding, PQLayer)
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _PRODUCING_OPS = frozenset({"convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
                             "conv_transpose3d", "linear", "addmm", "embedding"})  # fmt: skip

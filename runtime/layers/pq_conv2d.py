@@ -68,6 +68,11 @@ class PQConv2d(PQLayer):
         """Input channels of one group."""
         return self.in_channels // self.groups
 
+    def dense(self) -> nn.Module:
+        """The torch.nn.Conv2d that computes the same."""
+        given = {f: getattr(self, f) for f in _SHAPE} | {"bias": self.bias is not None}
+        return self._take_over(nn.Conv2d(**given, device="meta"))
+
     def fit(self, inputs: int, outputs: int) -> None:
         """State the sizes of tensors that were cut."""
         self.forget()

@@ -96,6 +96,17 @@ class PQLayer(nn.Module):
         bias = 0 if self.bias is None else 4 * self.bias.numel()
         return SIZES[self.precision] * self.codebook.numel() + scales + indices + bias
 
+    def dense(self) -> nn.Module:
+        """The plain torch layer that computes the same, with a weight of its own."""
+        raise NotImplementedError
+
+    def _take_over(self, plain: nn.Module) -> nn.Module:
+        """Give a plain layer on the `meta` device the decoded weight, and bias and mode of this one."""
+        plain.weight = nn.Parameter(self.decoded().detach(), requires_grad=self.codebook.requires_grad)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return plain.train(self.training)
+
     def fit(self, inputs: int, outputs: int) -> None:
         """State the sizes of tensors that were cut: inputs of one group, outputs of all."""
         raise NotImplementedError

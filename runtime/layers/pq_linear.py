@@ -46,6 +46,11 @@ class PQLinear(PQLayer):
         """Number of inputs."""
         return self.in_features
 
+    def dense(self) -> nn.Module:
+        """The torch.nn.Linear that computes the same."""
+        bias = self.bias is not None
+        return self._take_over(nn.Linear(self.in_features, self.out_features, bias, device="meta"))
+
     def fit(self, inputs: int, outputs: int) -> None:
         """State the sizes of tensors that were cut."""
         self.forget()

@@ -9,11 +9,14 @@ from torch import fx, nn
 
 from ...ir.dialect import op_name
 from ...ir.graph import Graph, TensorSpec
+from ...runtime.layers import PQConv2d, PQLayer
 
 KINDS: dict[str, tuple[str, ...]] = {
     "norm": ("BatchNorm", "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm", "batch_norm", "layer_norm", "rms_norm"),
-    "conv": ("Conv", "conv", "unfold", "im2col"),
-    "linear": ("Linear", "Embedding", "linear", "matmul", "bmm", "mm", "einsum", "scaled_dot_product", "baddbmm"),
+    "conv": ("Conv", "PQConv", "conv", "unfold", "im2col"),
+    "linear": (
+        "Linear", "PQLinear", "Embedding", "linear", "matmul", "bmm", "mm", "einsum", "scaled_dot_product", "baddbmm",
+    ),
     "dropout": ("Dropout", "AlphaDropout", "FeatureAlphaDropout", "dropout"),
     "act": ("PReLU", "relu", "gelu", "silu", "sigmoid", "hard", "tanh", "softmax", "leaky", "elu", "mish", "clamp"),
     "pool": ("max_pool", "avg_pool", "adaptive", "mean", "amax", "upsample", "interpolate"),
@@ -57,6 +60,9 @@ def operation_of(node: fx.Node) -> str:
 
 def detail_of(layer: nn.Module | None) -> str:
     """What distinguishes one layer from others of its type: `3×3 /2, 4 groups`."""
+    if isinstance(layer, PQLayer):
+        kernel = f"{'×'.join(map(str, layer.kernel_size))}, " if isinstance(layer, PQConv2d) else ""  # noqa: RUF001
+        return f"{kernel}{layer.codewords} codewords of {layer.subspace}"
     if not isinstance(layer, CONVOLUTIONS):
         return f"{layer.in_features} → {layer.out_features}" if isinstance(layer, nn.Linear) else ""
     parts = ["×".join(map(str, layer.kernel_size))]  # noqa: RUF001

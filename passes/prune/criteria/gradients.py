@@ -16,6 +16,7 @@ from ....ir.groups import Groups
 from ....ir.verify import evaluating
 from ....runtime.data import Inputs
 from ....runtime.forward import device_of, to_device
+from ....runtime.layers.pq_layer import PQLayer
 from ...analyse.progress import counted
 from ...analyse.streaming import limited_batches
 from .gates import GatedNetwork, losses, slopes_of
@@ -42,21 +43,38 @@ def fisher(graph: Graph, groups: Groups, source: Source) -> list[Member]:
             f"{source.who} needs gradients of single images, and this network was traced for a fixed batch",
             hint="Trace it with a dynamic batch, or take another criterion.",
         )
-    weights = {member.name: graph.tensor(member.name).detach() for member in filters(graph, groups, source)}
+    network = _dense(graph)
+    names = [_weight_name(member.name) for member in filters(graph, groups, source)]
+    weights = {name: network.tensor(name).detach() for name in names}
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     seen, limit = 0, min(source.limit or FISHER_IMAGES, FISHER_IMAGES)
-    with counted(source.console, "gradients", None) as step, evaluating(graph.module), torch.enable_grad():
+    with counted(source.console, "gradients", None) as step, evaluating(network.module), torch.enable_grad():
         for inputs, targets in limited_batches(loader_of(source), "calibration", limit):
             for image in range(len(targets)):
                 one = pytree.tree_map(lambda t, image=image: t[image : image + 1], inputs)
-                for name, gradient in _gradients(graph, weights, one, targets[image : image + 1]).items():
+                for name, gradient in _gradients(network, weights, one, targets[image : image + 1]).items():
                     squares[name] += gradient.detach().float().square()
                 step(1)
             seen += len(targets)
     return [
-        Member(member.name, member.classes, (*member.evidence, _rows(groups, member.name, squares[member.name] / seen)))
-        for member in filters(graph, groups, source)
+        Member(member.name, member.classes, (*member.evidence, _rows(groups, member.name, squares[name] / seen)))
+        for member, name in zip(filters(graph, groups, source), names, strict=True)
     ]
+
+
+def _dense(graph: Graph) -> Graph:
+    """The network with the decoded weights of product-quantized layers in their place: these have gradients."""
+    twin = graph.copy()
+    layers = {str(node.target): twin.layer(node) for node in twin.nodes if node.op == "call_module"}
+    for path, layer in layers.items():
+        if isinstance(layer, PQLayer):
+            twin.module.set_submodule(path, layer.dense())
+    return twin
+
+
+def _weight_name(name: str) -> str:
+    """Name of the weight that a member of `filters` is, in the network of `_dense`."""
+    return f"{name.rpartition('.')[0]}.weight"
 
 
 def _gradients(graph: Graph, weights: dict[str, Tensor], inputs: Inputs, targets: Tensor) -> dict[str, Tensor]:
@@ -73,7 +91,7 @@ def _gradients(graph: Graph, weights: dict[str, Tensor], inputs: Inputs, targets
 def _rows(groups: Groups, name: str, tensor: Tensor) -> Tensor:
     """A tensor of a weight's shape as a row per filter, as `filters` has it."""
     dim = next(slot.dim for slot in groups.labels.slots if slot.name == name and produces(groups.graph, slot))
-    return tensor.movedim(dim, 0).flatten(1)
+    return tensor.movedim(dim if name.endswith(".weight") else 0, 0).flatten(1)
 
 
 def _slopes(graph: Graph, groups: Groups, source: Source) -> list[Tensor]:

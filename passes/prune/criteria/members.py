@@ -18,6 +18,7 @@ from ....ir.graph import Graph, submodule
 from ....ir.groups import Groups
 from ....ir.labels import IntArray, Slot
 from ....runtime.data import Data
+from ....runtime.layers.pq_layer import PQLayer
 from ...analyse.over_time import FilterHistory, TimeStatistics
 from ...analyse.weights import filters_of
 
@@ -71,9 +72,15 @@ def filters(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # no
     members = []
     for slot, vector in groups.labels.slots.items():
         if produces(graph, slot):
-            rows = graph.tensor(slot.name).detach().float().movedim(slot.dim, 0).flatten(1)
+            rows = _weight(graph, slot).detach().float().flatten(1)
             members.append(Member(slot.name, _spread(groups.vector(vector), len(rows)), (rows,)))
     return members
+
+
+def _weight(graph: Graph, slot: Slot) -> Tensor:
+    """The weight of a slot, output channels first; of a product-quantized layer the decoded one."""
+    layer = submodule(graph.module, slot.name.rpartition(".")[0])
+    return layer.decoded() if isinstance(layer, PQLayer) else graph.tensor(slot.name).movedim(slot.dim, 0)
 
 
 def moments(graph: Graph, groups: Groups, source: Source) -> list[Member]:
@@ -118,11 +125,13 @@ def draws(graph: Graph, groups: Groups, source: Source) -> list[Member]:  # noqa
 
 
 def produces(graph: Graph, slot: Slot) -> bool:
-    """Whether a slot is the output dimension of a convolution's or linear layer's weight."""
+    """Whether a slot is the output dimension of a convolution's or linear layer's weight, or of quantized indices."""
     owner, _, leaf = slot.name.rpartition(".")
-    if leaf != "weight" or slot.name.startswith("%"):
+    if leaf not in ("weight", "indices") or slot.name.startswith("%"):
         return False
     layer = submodule(graph.module, owner)
+    if isinstance(layer, PQLayer):
+        return tuple(slot) == (f"{owner}.indices", 2)
     if isinstance(layer, nn.modules.conv._ConvNd):
         depthwise = layer.groups > 1 and layer.groups == layer.in_channels
         return slot.dim == (1 if layer.transposed and not depthwise else 0)

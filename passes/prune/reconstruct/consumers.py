@@ -13,6 +13,7 @@ from ....ir.cut import Cut
 from ....ir.graph import Graph, TensorSpec, submodule
 from ....ir.groups import BoolArray
 from ....ir.nodes import operand, shape_of
+from ....runtime.layers.pq_layer import PQLayer
 from ...base import Skip
 from ...fuse.affine import is_tied
 
@@ -70,7 +71,10 @@ def _consumer(cut: Cut, node: fx.Node) -> Consumer | str | None:
     if layer is None or found is None:
         return "removed channels are mixed here by an operation without weights of its own"
     if not isinstance(layer, (_ConvNd, nn.Linear)):
-        return f"removed channels are mixed here by a {type(layer).__name__}, which is no convolution or linear layer"
+        kind = type(layer).__name__
+        if isinstance(layer, PQLayer):
+            return f"removed channels are mixed here by a {kind}, whose outputs share codewords: none is refitted alone"
+        return f"removed channels are mixed here by a {kind}, which is no convolution or linear layer"
     dim, inputs = found
     rank = len(shape_of(source))
     depthwise = isinstance(layer, _ConvNd) and layer.groups == layer.in_channels > 1
