@@ -17,6 +17,7 @@ PASSES: dict[str, str] = {
     "select-channels": "prune.select_channels:SelectChannels",
     "prune-channels": "prune.prune_channels:PruneChannels",
     "binarize": "binarize.binarize:Binarize",
+    "alternate-update": "binarize.alternate_update:AlternateUpdate",
     "reestimate-batchnorm": "train.reestimate_batchnorm:ReestimateBatchnorm",
     "product-quantize": "quantize.product_quantize:ProductQuantize",
     "distill": "train.distill:Distill",

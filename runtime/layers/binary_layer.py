@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ class BinaryLayer(nn.Module):
     def __init__(self, plain: nn.Linear | nn.Conv2d, weights: Weights, scale: Scale) -> None:
         super().__init__()
         check_binary(weights, scale)
-        self.weight, self.bias = plain.weight, plain.bias
+        parameters: Any = plain.weight, plain.bias  # torch declares them as tensors
+        self.weight, self.bias = parameters
         self.weights: Weights = weights
         self.scale: Scale = scale
 
