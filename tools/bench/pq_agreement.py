@@ -43,11 +43,11 @@ ADAM = {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0, "precision": "bf16"
 class Plan:
     """How much is run: crops for calibration, for an epoch of fine-tuning and for judging, epochs, and ratios."""
 
-    calibration: int = 768
-    tuning: int = 1536
-    judged: int = 660
-    more: int = 768
-    epochs: int = 2
+    calibration: int = 512
+    tuning: int = 1024
+    judged: int = 440
+    more: int = 512
+    epochs: int = 1
     ratios: tuple[int, ...] = RATIOS
 
 
