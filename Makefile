@@ -33,11 +33,11 @@ types: $(STAMP)
 ASAN := build/asan
 asan: $(STAMP)
 	rm -rf $(ASAN)
-	FXPRESS_KERNEL_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" \
+	FXPRESS_KERNEL_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1" \
 		$(BIN)/python setup.py --quiet build_ext --build-lib $(ASAN) --build-temp $(ASAN)/objects
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		FXPRESS_KERNEL_LIBRARY=$(CURDIR)/$(ASAN)/fxpress/runtime/kernels/libfxpress_kernels.so \
-		$(BIN)/python -m pytest -m "not slow" tests/runtime/kernels
+		$(BIN)/python -m pytest --capture=sys -m "not slow" tests/runtime/kernels
 
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
