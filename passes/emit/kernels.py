@@ -72,6 +72,7 @@ def choose_kernels(
     for name, layer in named.items():
         choice = measured.get(name) or _unmeasured(name, layer, wish, tables)
         layer.kernel, layer.tables = choice.kernel, choice.tables or "fp32"
+        layer.eval().prepare()  # so that torch.export and torch.compile see it as it runs
         choices.append(choice)
     return choices
 
