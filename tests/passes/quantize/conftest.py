@@ -100,7 +100,7 @@ def setting_up(make, *, noise=0.0, centred=False, ridge=1e-3, width=2, words=4, 
         moments.add(part_x, part_y)
     bias = torch.zeros(layer.weight.shape[0], dtype=dtype) if layer.bias is None else layer.bias.detach()
     weight, bias = weight_rows(layer).detach(), bias.view(layout.groups, -1)
-    problem = make_problem(layout, moments, weight, bias, ridge=ridge, samples=images, centred=centred)
+    problem = make_problem(layout, moments, weight, bias, ridge=ridge, centred=centred)
     codes = first_codes(layout, problem.weight, torch.Generator().manual_seed(seed), 5)
     all_x, all_y = (torch.cat(part).transpose(0, 1).double() for part in zip(*pairs, strict=True))
     all_x, all_y = (v - v.mean(1, keepdim=True) if centred else v for v in (all_x, all_y))

@@ -165,7 +165,7 @@ def test_inputs_that_are_never_on_leave_their_weights_to_k_means():
     moments.add(x[:, None], layer(x).detach()[:, None])
     layout = layout_of(layer, Setting(2, 4))
     weight = weight_rows(layer).detach()
-    problem = make_problem(layout, moments, weight, layer.bias.detach()[None], ridge=1e-3, samples=50, centred=True)
+    problem = make_problem(layout, moments, weight, layer.bias.detach()[None], ridge=1e-3, centred=True)
     codes = first_codes(layout, problem.weight, torch.Generator().manual_seed(0), 50)
     before = float((weight[0, :, 2:].t() - codes.columns(1)[0]).square().sum())
     correction = Correction(problem, codes)
@@ -211,5 +211,5 @@ def test_features_in_the_order_of_the_layout():
     for group, space, tap, place, out in np.ndindex(2, 2, 2, 2, 2):
         channel = 2 * space + place
         found = float(columns[group, (space * 2 + tap) * 2 + place, out])
-        assert found == (float(layer.weight[2 * group + out, channel, 0, tap]) if channel < 3 else 0.0)
+        assert found == (float(layer.weight.detach()[2 * group + out, channel, 0, tap]) if channel < 3 else 0.0)
     assert inner(torch.ones(3), torch.arange(3)) == 3.0
