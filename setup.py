@@ -27,6 +27,7 @@ COMMON = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-cont
 ISAS = {
     "avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+        "-mavx512vpopcntdq",
         *("-mavx2", "-mfma", "-mbmi2", "-mprefer-vector-width=512"),
     ],
     "avx2": ["-mavx2", "-mfma", "-mbmi2"],

@@ -24,6 +24,7 @@ _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
 _SIGNATURES = {
     "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
     "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
+    "fxpress_binary_conv2d": "pi" + "llll" + "p" + "pl" + "pppp" + "i" + "lll" + "p" + "ii",
 }
 
 

@@ -1,0 +1,155 @@
+"""Layouts of one-bit weights: header, and the bits in the order in which a kernel reads them.
+
+A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little endian), then the payload.
+
+    SIX      [channel / 64][piece of groups][output / 64][ky][group][kx][64] bytes: the six weights of a group of channels
+             are an index into a table of 64 sums (AVX-512). A block of 64 channels has 11 groups, a piece of them as many
+             as add up in a byte. Channel c of a block stands at code c % 22 and bit c / 22 + 3 (code % 2) of group code / 2.
+             Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
+    PLANES   [group][output / 8][tap][channel / 64][8] words of 64 bits, little endian: for kernels that count bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import KernelError
+
+MAGIC = b"FXPBIN01"
+HEADER_BYTES = 64
+SIX, PLANES = 1, 2
+GROUPS, CODES = 11, 22
+# entries of a table are at most 18, so that this many fit a byte; sums fit 16 bits up to so many weights
+BYTE_SUMS, WORD_SUMS = 14, 32767 // 3
+_FORMAT = struct.Struct("<8s6I32x")
+_HINT = "Make it anew with fxpress.runtime.kernels.prepare_binary_conv2d or prepare_binary_linear"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first 64 bytes say: layout, groups, outputs of all groups, channels of one, height and width of a kernel."""
+
+    layout: int
+    groups: int
+    outputs: int
+    channels: int
+    kh: int
+    kw: int
+
+    @classmethod
+    def read(cls, layout: Tensor) -> Header:
+        """The header of a layout, checked against the size of the tensor."""
+        if layout.dtype != torch.uint8 or layout.dim() != 1 or layout.numel() < HEADER_BYTES:
+            shape = f"{str(layout.dtype).removeprefix('torch.')} {tuple(layout.shape)}"
+            raise KernelError(f"A layout of binary weights is 1-D uint8 of at least 64 bytes, not {shape}", hint=_HINT)
+        magic, *numbers = _FORMAT.unpack(bytes(layout[:HEADER_BYTES].tolist()))
+        header = cls(*numbers)
+        if magic != MAGIC or header.layout not in (SIX, PLANES):
+            raise KernelError(f"Not a layout of binary weights: it begins with {magic!r}", hint=_HINT)
+        if not header.is_sane() or layout.numel() != HEADER_BYTES + header.payload_bytes:
+            raise KernelError(f"A layout of binary weights of {layout.numel()} bytes does not fit {header}", hint=_HINT)
+        return header
+
+    def is_sane(self) -> bool:
+        """Whether the numbers are in their ranges; the same limits as in csrc/binary.cpp."""
+        sizes = (self.groups, self.outputs, self.channels, self.kh, self.kw)
+        if not all(1 <= size < 2**24 for size in sizes) or self.outputs % self.groups:
+            return False
+        terms = self.kh * self.kw * self.channels
+        if self.layout == SIX and not (self.groups == 1 and self.kw <= BYTE_SUMS and terms <= WORD_SUMS):
+            return False
+        return self.kh * self.kw <= 2**12 and terms < 2**28
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 channels."""
+        return -(-self.channels // 64)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes behind the header."""
+        taps = self.kh * self.kw
+        if self.layout == SIX:
+            return self.blocks * GROUPS * -(-self.outputs // 64) * taps * 64
+        return self.groups * -(-(self.outputs // self.groups) // 8) * taps * self.blocks * 64
+
+    def to_bytes(self) -> Tensor:
+        """The 64 bytes as a tensor."""
+        numbers = (self.layout, self.groups, self.outputs, self.channels, self.kh, self.kw)
+        return torch.frombuffer(bytearray(_FORMAT.pack(MAGIC, *numbers)), dtype=torch.uint8)
+
+
+def pack(layout: int, plus: Tensor, groups: int = 1) -> Tensor:
+    """Header and payload of signs (out, channels of a group, kh, kw), True for +1."""
+    if plus.dtype != torch.bool or plus.dim() != 4 or not plus.numel():
+        raise KernelError(
+            f"Signs are bool of shape (outputs, channels, height, width), not {plus.dtype} {tuple(plus.shape)}"
+        )
+    header = Header(layout, groups, *plus.shape)
+    if not header.is_sane():
+        raise KernelError(f"No layout of binary weights for {header}")
+    payload = _six(header, plus) if layout == SIX else _planes(header, plus)
+    return torch.cat([header.to_bytes(), payload.flatten()])
+
+
+def unpack(layout: Tensor) -> tuple[Header, Tensor]:
+    """The header, and the signs (out, channels of a group, kh, kw) as bool."""
+    header = Header.read(layout)
+    payload = layout[HEADER_BYTES:]
+    return header, _from_six(header, payload) if header.layout == SIX else _from_planes(header, payload)
+
+
+def _six(header: Header, plus: Tensor) -> Tensor:
+    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # (out, block, 64, kh, kw)
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64)).unflatten(2, (3, GROUPS, 2))
+    weights = torch.tensor([[1 << (field + 3 * odd) for odd in range(2)] for field in range(3)])
+    index = (codes * weights[:, None, :, None, None]).sum((2, 4)).to(torch.uint8)  # (out, block, group, kh, kw)
+    index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, block, group, kh, kw)
+    index = index.permute(3, 4, 0, 5, 6, 2, 1)  # (block, group, out / 64, kh, kw, 32, half)
+    pieces = [piece.permute(0, 2, 3, 1, 4, 5, 6).flatten(1) for piece in index.split(_at_once(header), 1)]
+    return torch.cat(pieces, 1)
+
+
+def _from_six(header: Header, payload: Tensor) -> Tensor:
+    blocks, outputs = header.blocks, -(-header.outputs // 64)
+    sizes = [min(_at_once(header), GROUPS - begin) for begin in range(0, GROUPS, _at_once(header))]
+    per_group = outputs * header.kh * header.kw * 64
+    pieces = payload.view(blocks, -1).split([size * per_group for size in sizes], 1)
+    shaped = [
+        piece.view(blocks, outputs, header.kh, size, header.kw, 32, 2).permute(0, 3, 1, 2, 4, 5, 6)
+        for piece, size in zip(pieces, sizes, strict=True)
+    ]
+    index = torch.cat(shaped, 1).permute(2, 6, 5, 0, 1, 3, 4).flatten(0, 2)  # (out, block, group, kh, kw)
+    shifts = torch.tensor([[field + 3 * odd for odd in range(2)] for field in range(3)], dtype=torch.uint8)
+    bits = index[:, :, None, :, None] >> shifts[:, None, :, None, None] & 1  # (out, block, 3, group, 2, kh, kw)
+    channels = bits.flatten(2, 4)[:, :, :64].flatten(1, 2)
+    return channels[: header.outputs, : header.channels].bool()
+
+
+def _at_once(header: Header) -> int:
+    return min(GROUPS, BYTE_SUMS // header.kw)
+
+
+def _planes(header: Header, plus: Tensor) -> Tensor:
+    grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # (group, out, channel, tap)
+    grouped = torch.nn.functional.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
+    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # (group, out / 8, 8, block, byte, bit, tap)
+    data = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)  # (group, out / 8, 8, block, byte, tap)
+    return data.permute(0, 1, 5, 3, 2, 4)
+
+
+def _from_planes(header: Header, payload: Tensor) -> Tensor:
+    taps = header.kh * header.kw
+    data = payload.view(header.groups, -1, taps, header.blocks, 8, 8).permute(0, 1, 4, 3, 5, 2)
+    bits = data[..., None, :] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
+    grouped = bits.flatten(3, 5).flatten(1, 2)[:, : header.outputs // header.groups, : header.channels]
+    return grouped.flatten(0, 1).unflatten(2, (header.kh, header.kw)).bool()
+
+
+def _padded(plus: Tensor, unit: int) -> Tensor:
+    """Outputs and channels filled up with -1 to whole blocks."""
+    return torch.nn.functional.pad(plus, (0, 0, 0, 0, 0, -plus.shape[1] % unit, 0, -plus.shape[0] % unit))

@@ -1,0 +1,39 @@
+"""From the signs of a binary layer to the layout that is fastest on this machine."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import binary_layout as layouts
+from . import library
+
+
+def prepare_binary_conv2d(plus: Tensor, groups: int = 1, stride: int = 1) -> Tensor:
+    """Layout for `torch.ops.fxpress.binary_conv2d` and `binary_conv2d_levels`.
+
+    Args:
+        plus: signs (out, channels of a group, kh, kw), bool, True for +1.
+        groups: of the convolution.
+        stride: of the convolution along the width.
+
+    Returns:
+        A 1-D uint8 tensor for this machine's best kernel; all others read it too, more slowly.
+
+    Raises:
+        KernelError: signs of another shape or type.
+    """
+    return layouts.pack(layouts.SIX if _by_table(plus, groups, stride) else layouts.PLANES, plus, groups)
+
+
+def prepare_binary_linear(plus: Tensor) -> Tensor:
+    """Layout for `torch.ops.fxpress.binary_linear` and `binary_linear_levels`; signs (out, in) as bool."""
+    return layouts.pack(layouts.PLANES, plus[:, :, None, None] if plus.dim() == 2 else plus)
+
+
+def _by_table(plus: Tensor, groups: int, stride: int) -> bool:
+    """Whether the table kernel can compute it and is the faster one (README: measured table)."""
+    if library.isas()[0] != "avx512" or plus.dim() != 4 or groups > 1 or stride > 2:
+        return False
+    outputs, channels, kh, kw = plus.shape
+    fits = kw <= layouts.BYTE_SUMS and kh * kw * channels <= layouts.WORD_SUMS
+    return fits and outputs >= 16 and channels >= 16

@@ -1,0 +1,72 @@
+// Binary layers by counting bits: a byte shuffle counts those of a nibble (Mula's method).
+#include <immintrin.h>
+
+#include "binary.h"
+
+namespace fx {
+namespace {
+
+constexpr int64_t STEPS = 10;  // a step adds at most 24 to a byte
+
+void planes(const float* x, int64_t count, const float* threshold, uint64_t* words) {
+    const __m256 t[3] = {_mm256_set1_ps(threshold[0]), _mm256_set1_ps(threshold[1]), _mm256_set1_ps(threshold[2])};
+    for (int64_t begin = 0; begin < count; begin += 64) {
+        uint64_t low = 0, high = 0;
+        for (int64_t i = 0; i < least(64, count - begin); i += 8) {
+            alignas(32) float part[8] = {};
+            const int64_t rest = least(8, count - begin - i);
+            for (int64_t j = 0; j < rest; j++) part[j] = x[begin + i + j];
+            const __m256 value = _mm256_load_ps(part);
+            uint64_t found[3];
+            for (int j = 0; j < 3; j++)
+                found[j] = uint64_t(_mm256_movemask_ps(_mm256_cmp_ps(value, t[j], _CMP_GT_OQ))) &
+                           ((uint64_t(1) << rest) - 1);
+            low |= (found[0] ^ found[1] ^ found[2]) << i;
+            high |= found[1] << i;
+        }
+        words[begin / 32] = low, words[begin / 32 + 1] = high;
+    }
+}
+
+// Bits of every byte, by a table of those of its halves.
+FX_INLINE __m256i bits(__m256i v, __m256i table) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(v, nibble)),
+                           _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)));
+}
+
+// Four outputs of one row.
+FX_INLINE __m256i four(const uint64_t* row, int64_t words, const uint64_t* weights) {
+    const __m256i once = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                          2, 3, 2, 3, 3, 4);
+    const __m256i twice = _mm256_add_epi8(once, once);
+    __m256i total = _mm256_setzero_si256();
+    for (int64_t begin = 0; begin < words; begin += STEPS) {
+        __m256i bytes = _mm256_setzero_si256();
+        for (int64_t i = begin; i < least(words, begin + STEPS); i++) {
+            const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 8 * i));
+            const __m256i low = _mm256_and_si256(weight, _mm256_set1_epi64x(int64_t(row[2 * i])));
+            const __m256i high = _mm256_and_si256(weight, _mm256_set1_epi64x(int64_t(row[2 * i + 1])));
+            bytes = _mm256_add_epi8(bytes, _mm256_add_epi8(bits(low, once), bits(high, twice)));
+        }
+        total = _mm256_add_epi64(total, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+    }
+    return total;
+}
+
+void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks, int32_t* sums) {
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t r = 0; r < count; r++)
+            for (int64_t half = 0; half < 8; half += 4) {
+                alignas(32) int64_t found[4];
+                const __m256i total = four(rows + 2 * words * r, words, weights + 8 * words * block + half);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(found), total);
+                for (int64_t i = 0; i < 4; i++) sums[8 * (blocks * r + block) + half + i] = int32_t(found[i]);
+            }
+}
+
+}  // namespace
+
+const BinaryPopcount binary_popcount_avx2 = {planes, dot};
+
+}  // namespace fx

@@ -1,0 +1,213 @@
+"""Binary kernels: every instruction set against float64 over odd shapes; integers are exact, so nothing may differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from fxpress.ir.errors import KernelError
+from fxpress.runtime import kernels
+from fxpress.runtime.kernels import binary_layout as layouts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+STEP = 0.538
+THRESHOLDS = [0.0, 1.5 * STEP, 2.5 * STEP]
+ops = torch.ops.fxpress
+
+
+def quantized(x: Tensor, thresholds: list[float] = THRESHOLDS) -> Tensor:
+    """Levels in double precision, by sorting rather than by comparing: an implementation of its own."""
+    edges = torch.tensor(thresholds, dtype=torch.float32)
+    return torch.bucketize(x, edges, right=False).double()
+
+
+def signs(*shape: int) -> Tensor:
+    return torch.rand(shape) < 0.5
+
+
+@st.composite
+def convolutions(draw: Any) -> dict[str, Any]:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    kernel = [draw(st.integers(1, 5)), draw(st.integers(1, 5))]
+    dilation = [draw(st.integers(1, 2)), draw(st.integers(1, 2))]
+    padding = [draw(st.integers(0, 3)), draw(st.integers(0, 3))]
+    size = [
+        max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) + draw(st.integers(0, 20 if i else 6))
+        for i in range(2)
+    ]
+    return {
+        "batch": draw(st.integers(0, 3)),
+        "channels": groups * draw(st.integers(1, 150 // groups)),
+        "outputs": groups * draw(st.integers(1, 150 // groups)),
+        "size": size,
+        "geometry": (kernel, [draw(st.integers(1, 3)), draw(st.integers(1, 3))], padding, dilation, groups),
+        "layout": draw(st.sampled_from([layouts.SIX, layouts.PLANES])),
+        "last": draw(st.booleans()),
+        "input": draw(st.sampled_from(["float", "levels"])),
+        "threads": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+@settings(max_examples=60, deadline=None)
+@given(case=convolutions())
+def test_convolution_equals_float64(isa: str, case: dict[str, Any]) -> None:
+    torch.manual_seed(case["seed"])
+    kernel, stride, padding, dilation, groups = case["geometry"]
+    x = torch.randn(case["batch"], case["channels"], *case["size"])
+    plus = signs(case["outputs"], case["channels"] // groups, *kernel)
+    scale, bias = torch.randn(case["outputs"]), torch.randn(case["outputs"])
+    given_x = x.contiguous(memory_format=torch.channels_last) if case["last"] else x
+    if case["input"] == "levels":
+        given_x = quantized(x).to(torch.uint8)
+    layout = layouts.pack(layouts.PLANES if groups > 1 else case["layout"], plus, groups)
+    sums = F.conv2d(quantized(x), plus.double() * 2 - 1, None, stride, padding, dilation, groups)
+    rest = (case["outputs"], kernel, stride, padding, dilation, groups)
+    cuts = torch.randint(-40, 40, (3, case["outputs"]), dtype=torch.int32).sort(0).values
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        with kernels.using(isa):
+            y = ops.binary_conv2d(given_x, layout, scale, bias, THRESHOLDS, *rest)
+            levels = ops.binary_conv2d_levels(given_x, layout, cuts, THRESHOLDS, *rest)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(y, sums.float() * scale[:, None, None] + bias[:, None, None])
+    assert torch.equal(levels, sum((sums >= cut[:, None, None]).to(torch.uint8) for cut in cuts))
+    assert levels.numel() == 0 or levels.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 5), max_size=2), inputs=st.integers(1, 700), outputs=st.integers(1, 600),
+    bits=st.integers(1, 2), seed=st.integers(0, 2**20), threads=st.integers(1, 2),
+)  # fmt: skip
+def test_linear_equals_float64(
+    isa: str, rows: list[int], inputs: int, outputs: int, bits: int, seed: int, threads: int
+) -> None:
+    torch.manual_seed(seed)
+    thresholds = THRESHOLDS[: 2**bits - 1]
+    x, plus = torch.randn(*rows, inputs), signs(outputs, inputs)
+    scale, cuts = torch.randn(outputs), torch.randint(-9, 9, (3, outputs), dtype=torch.int32)
+    layout = kernels.prepare_binary_linear(plus)
+    sums = quantized(x, thresholds) @ (plus.double() * 2 - 1).T
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with kernels.using(isa):
+            y = ops.binary_linear(x, layout, scale, None, thresholds, outputs)
+            levels = ops.binary_linear_levels(quantized(x, thresholds).to(torch.uint8), layout, cuts, [0.0], outputs)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, sums.float() * scale)
+    assert torch.equal(levels, sum((sums >= cut).to(torch.uint8) for cut in cuts))
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+def test_sums_of_the_largest_levels_do_not_wrap(isa: str) -> None:
+    """All weights and all levels at their ends, as many terms as the 16-bit kernel takes, and more."""
+    for channels, layout in ((1213, layouts.SIX), (3 * 1213, layouts.PLANES)):
+        plus = torch.ones(70, channels, 3, 3, dtype=torch.bool)
+        plus[1::2] = False
+        x = torch.full((1, channels, 3, 3), 9.0)
+        with kernels.using(isa):
+            packed = layouts.pack(layout, plus)
+            one = torch.ones(70)
+            y = ops.binary_conv2d(x, packed, one, None, THRESHOLDS, 70, [3, 3], [1, 1], [0, 0], [1, 1], 1)
+        assert torch.equal(y[0, ::2, 0, 0], torch.full((35,), 27.0 * channels))
+        assert torch.equal(y[0, 1::2, 0, 0], torch.full((35,), -27.0 * channels))
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
+def test_nan_is_level_zero_and_infinity_the_largest(isa: str, layout: int) -> None:
+    plus = signs(20, 5, 1, 1)
+    x = torch.randn(1, 5, 3, 3)
+    x[0, 0, 0, 0], x[0, 1, 1, 1], x[0, 2, 2, 2] = float("nan"), float("inf"), -float("inf")
+    same = x.nan_to_num(nan=0.0, posinf=100.0, neginf=-100.0)
+    rest = (torch.ones(20), None, THRESHOLDS, 20, [1, 1], [1, 1], [0, 0], [1, 1], 1)
+    with kernels.using(isa):
+        packed = layouts.pack(layout, plus)
+        assert torch.equal(ops.binary_conv2d(x, packed, *rest), ops.binary_conv2d(same, packed, *rest))
+
+
+@given(
+    outputs=st.integers(1, 140), channels=st.integers(1, 140), kh=st.integers(1, 4), kw=st.integers(1, 9),
+    layout=st.sampled_from([layouts.SIX, layouts.PLANES]),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_layouts_come_back(outputs: int, channels: int, kh: int, kw: int, layout: int) -> None:
+    plus = signs(outputs, channels, kh, kw)
+    header, found = layouts.unpack(layouts.pack(layout, plus))
+    assert torch.equal(found, plus)
+    assert (header.outputs, header.channels) == (outputs, channels)
+
+
+def convolve(layout: Tensor, **changed: Any) -> Tensor:
+    given = {"x": torch.randn(1, 8, 4, 4), "scale": torch.ones(6), "thresholds": THRESHOLDS, "outputs": 6} | changed
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    y: Tensor = ops.binary_conv2d(
+        given["x"], layout, given["scale"], None, given["thresholds"], given["outputs"], *geometry
+    )
+    return y
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
+def test_a_corrupt_header_is_refused(isa: str, layout: int) -> None:
+    whole = layouts.pack(layout, signs(6, 8, 3, 3))
+    with kernels.using(isa):
+        convolve(whole)
+        for byte in range(8 + 6 * 4):
+            if (byte - 8) % 4 == 3 or byte < 32:
+                broken = whole.clone()
+                broken[byte] ^= 0x55
+                with pytest.raises(KernelError):
+                    convolve(broken)
+        for part in (whole[:10], whole[:-1], torch.cat([whole, whole[:1]]), whole.float()):
+            with pytest.raises(KernelError):
+                convolve(part)
+
+
+def test_a_corrupt_payload_gives_some_numbers() -> None:
+    whole = layouts.pack(layouts.SIX, signs(6, 8, 3, 3))
+    whole[64:] = 255
+    assert convolve(whole).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.randn(1, 8, 4, 4).double()}, "float64"),
+        ({"x": torch.randn(1, 9, 4, 4)}, "9"),
+        ({"x": torch.randn(8, 4, 4)}, "dimensions"),
+        ({"scale": torch.ones(5)}, "scale"),
+        ({"thresholds": [1.0, 0.0]}, "ascending"),
+        ({"thresholds": []}, "thresholds"),
+        ({"thresholds": [0.0, 1.0, 2.0, 3.0]}, "thresholds"),
+    ],
+)
+def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        convolve(layouts.pack(layouts.PLANES, signs(6, 8, 3, 3)), **changed)
+
+
+def test_operators_pass_the_checks_of_torch() -> None:
+    """Schema, fake kernels and dynamic shapes, as torch itself tests them."""
+    layout, cuts = layouts.pack(layouts.PLANES, signs(6, 8, 3, 3)), torch.zeros(3, 6, dtype=torch.int32)
+    geometry = (6, [3, 3], [2, 1], [1, 1], [1, 1], 1)
+    x = torch.randn(2, 8, 5, 4)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.binary_conv2d, (x, layout, torch.ones(6), None, THRESHOLDS, *geometry), test_utils=tests)
+    torch.library.opcheck(ops.binary_conv2d_levels, (x, layout, cuts, THRESHOLDS, *geometry), test_utils=tests)
+    flat = kernels.prepare_binary_linear(signs(6, 8))
+    torch.library.opcheck(
+        ops.binary_linear, (torch.randn(3, 8), flat, torch.ones(6), None, THRESHOLDS, 6), test_utils=tests
+    )
+    torch.library.opcheck(ops.binary_linear_levels, (torch.randn(3, 8), flat, cuts, THRESHOLDS, 6), test_utils=tests)
