@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from fxpress.tools.bench.pq_memory import peak_memory
 from fxpress.tools.bench.pq_profile import profile
 from torch import nn
 
-from fxpress import FxpressError, compile, trace
+import fxpress
+from fxpress import FxpressError, trace
 
 SMALL = pq_cases.Setting(16, 4, "fp32", {(1, "warm"): 1e-6, (8, "cold"): 1e6})
 
@@ -159,15 +161,15 @@ def test_a_layer_is_measured_warm_and_cold(peers, tmp_path):
 class Tiny(pq_networks.Network):
     def build(self, seed):
         torch.manual_seed(seed)
-        parts = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 64), nn.ReLU(), nn.Linear(64, 10))
+        parts = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 32), nn.ReLU(), nn.Linear(32, 10))
         return nn.Sequential(*parts).eval(), torch.randn(1, 3, 8, 8)
 
 
 def test_a_network_is_measured(peers, tmp_path, monkeypatch):
     small = {"codewords": 16, "linear": {"subspace": 4, "codewords": 16}}
-    for name in ("PUBLISHED", "FAST"):
+    for name in ("PUBLISHED", "HEAVY", "FAST"):
         recipe = getattr(pq_networks, name)
-        changed = pq_networks.Recipe(recipe.name, {**recipe.options, **small})
+        changed = replace(recipe, options={**recipe.options, **small})
         monkeypatch.setattr(pq_networks, name, changed)
     network = Tiny("tiny", 1.0, 1e-6, {"better int8": 1e-6})
     sizes = pq_networks.measure_size(network, tmp_path, 0, nothing)
@@ -177,7 +179,7 @@ def test_a_network_is_measured(peers, tmp_path, monkeypatch):
         for dtype in ("fp32", "fp16", "int8")
         for coded in ("", ", entropy coded")
     }
-    assert sizes[0].peer == pytest.approx((3 * 9 * 16 + 16 + 576 * 64 + 64 + 640 + 10) * 4 / 1e6)
+    assert sizes[0].peer == pytest.approx((3 * 9 * 16 + 16 + 576 * 32 + 32 + 320 + 10) * 4 / 1e6)
     assert 0 < sizes[0].value < sizes[0].peer
 
     rows = pq_networks.measure_network(network, pq_layers.Load(1, 1), tmp_path, 0, 2, nothing)
@@ -237,7 +239,7 @@ def test_a_process_that_fails_says_why(tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_of_a_file(tmp_path):
-    network = compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ["emit"], torch.randn(1, 3, 32, 32))
+    network = fxpress.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ["emit"], torch.randn(1, 3, 32, 32))
     network.save(tmp_path / "net.fxp")
     peak = peak_memory("fxpress", tmp_path / "net.fxp", "", 32)
     assert 50e6 < peak.imported < peak.peak < 4e9

@@ -97,7 +97,7 @@ def jobs(folder: Path, rounds: int, seed: int, *, quick: bool) -> Iterator[Job]:
         for load in loads:
             yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds), turns)
     for network in NETWORKS[:1] if quick else NETWORKS:
-        yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), 2 * len(STORAGES))
+        yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), 3 * len(STORAGES))
         for load in loads:
             if load.batch == 1:
                 run = partial(measure_network, network, load, folder, seed, rounds)
