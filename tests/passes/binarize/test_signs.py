@@ -158,10 +158,10 @@ def test_matrices_that_do_not_belong_together() -> None:
 def test_a_large_layer_takes_seconds() -> None:
     n, outputs = 512 * 9, 512
     numbers = torch.Generator().manual_seed(0)
-    x = torch.randn(6000, n, generator=numbers).clamp(min=0)
-    weight = torch.randn(n, outputs, generator=numbers)
-    gram, cross = (x.T @ x).double(), (x.T @ (x @ weight)).double()
+    x = torch.randn(n + 500, n, generator=numbers).clamp(min=0)
+    weight = torch.randn(n, outputs, generator=numbers).double()
+    gram = (x.T @ x).double()
     begin = time.thread_time()
-    fit = fit_signs(gram, cross, *start(weight.double()), 5)
-    assert time.thread_time() - begin < 60
-    assert fit.losses[-1] < fit.losses[0]
+    fit = fit_signs(gram, gram @ weight, *start(weight), 3)
+    assert time.thread_time() - begin < 30  # 4 s on a core with AVX-512
+    assert fit.losses[2] < fit.losses[1]
