@@ -134,9 +134,7 @@ class Learner:
         bias = bias_of(job.layer).reshape(groups, -1)
         means = moments.gram[:, :-1, -1].double() / count, moments.cross[:, -1].double() / count
         weight = weight_rows(job.layer).detach()
-        problem = make_problem(
-            job.layout, moments, weight, bias, ridge=self.recipe.ridge, samples=self.images, centred=self.recipe.refit
-        )
+        problem = make_problem(job.layout, moments, weight, bias, ridge=self.recipe.ridge, centred=self.recipe.refit)
         codes = self._first(job)
         correction = Correction(problem, codes)
         first = problem.response_error(correction.gap, correction.errors[0])

@@ -69,12 +69,12 @@ def inner(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum(dtype=torch.float64))
 
 
-def shrinkage(gram: Tensor, samples: int) -> float:
+def shrinkage(gram: Tensor, samples: float) -> float:
     """λ that a Gram matrix of few samples needs, as a share of the features' mean square: ρ / (1 − ρ).
 
     Few images leave directions of the inputs in which they show nothing, and a layer that is fitted to them would put
     its error there. With G towards its mean diagonal by the share ρ it is, among such mixtures and for normal features,
-    closest to the covariance of all images. With p features, n samples and S = G / rows,
+    closest to the covariance of all images. With p features, n samples and S = G / n,
 
         ρ = ((1 − 2/p) tr(S²) + tr(S)²) / ((n + 1 − 2/p) (tr(S²) − tr(S)² / p)),    at most 1/2
 
@@ -82,7 +82,7 @@ def shrinkage(gram: Tensor, samples: int) -> float:
 
     Args:
         gram: (groups, F, F), of any scale; groups share one λ.
-        samples: independent ones: images, not positions, of which those of one image are alike.
+        samples: number of rows X that G is made of.
     """
     features = gram.shape[1]
     squares = float(gram.norm(dtype=torch.float64)) ** 2
@@ -102,7 +102,6 @@ def make_problem(
     bias: Tensor,
     *,
     ridge: float | None,
-    samples: int,
     centred: bool,
 ) -> Problem:
     """A layer's problem from sums over its inputs and wanted responses; the sums are used up.
@@ -113,7 +112,6 @@ def make_problem(
         weight: the layer's (groups, outputs, features).
         bias: the layer's (groups, outputs).
         ridge: λ as a share of the features' mean square (or variance, if centred); None takes what `shrinkage` says.
-        samples: number of images.
         centred: whether a new bias makes good what the means of X and Y allow; otherwise the bias stays.
     """
     count, own = moments.count, weight.to(moments.gram.dtype)
@@ -131,7 +129,7 @@ def make_problem(
         drift = cross - gram @ own.mT
         floor = max(energy - inner(own.mT, drift + cross), 0.0)
         drift = _rows_in_order(layout, drift)
-    share = shrinkage(gram, samples) if ridge is None else ridge
+    share = shrinkage(gram, count) if ridge is None else ridge
     strength = share * float(gram.diagonal(dim1=1, dim2=2).double().mean())
     gram = _both_in_order(layout, gram)
     gram.diagonal(dim1=1, dim2=2).add_(strength)

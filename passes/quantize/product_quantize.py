@@ -59,14 +59,14 @@ class ProductQuantize(Pass):
     sweeps: Annotated[int, Field(ge=1)] = 3
     """Times that error correction goes through all sub-spaces of a layer."""
     ridge: Annotated[float, Field(gt=0)] | None = None
-    """Pull towards the original weights, as a share of the inputs' mean variance; null finds it from the images."""
+    """Pull towards the original weights, as a share of the inputs' mean variance; null finds it from their number."""
     bias: Literal["refit", "keep"] = "refit"
     """`refit` lets biases make good what they can of the error (an addition to the paper); `keep` leaves them."""
     images: Annotated[int, Field(ge=1)] = 512
     """Calibration images, at most."""
     positions: Annotated[int, Field(ge=1)] = 64
     """Output positions of a convolution per image that error correction looks at; the same ones of every image."""
-    iterations: Annotated[int, Field(ge=1)] = 25
+    iterations: Annotated[int, Field(ge=1)] = 40
     """Iterations of k-means, at most."""
 
     def needed(self) -> tuple[str, ...]:
