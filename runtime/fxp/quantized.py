@@ -14,18 +14,22 @@ has used the codewords with their stored values all along.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..layers.pq_codebook import bits, quantized
+from ..layers.pq_codebook import as_stored, bits, quantized
 from ..layers.pq_layer import PQLayer
 from .bits import decode, encode, pack, packed_bytes, unpack
 from .checks import FormatError
 
+FloatArray = npt.NDArray[np.float32]
 PLAIN, HUFFMAN = "bits", "huffman"
-_DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("i1")}
-_FLOAT = np.dtype("<f4")
+_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("i1")}
+_FLOAT: np.dtype[np.float32] = np.dtype("<f4")
 
 
 def fits(layer: PQLayer) -> bool:
@@ -88,8 +92,7 @@ def decode_layer(layer: PQLayer, data: memoryview, coding: str) -> dict[str, Ten
 
 def _codewords(codebook: Tensor, layer: PQLayer) -> bytes:
     if layer.precision != "int8":
-        limit = np.finfo(_DTYPES[layer.precision])
-        values = codebook.numpy() if layer.precision == "fp32" else codebook.clamp(limit.min, limit.max).numpy()
+        values: FloatArray = as_stored(codebook, layer.precision).numpy()
         return values.astype(_DTYPES[layer.precision]).tobytes()
     if not bool(codebook.isfinite().all()):
         raise FormatError("a codebook that is not finite cannot be stored as int8")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...ir.errors import OptionError
 from .. import kernels
-from .pq_codebook import SIZES, Precision, as_stored, bits, check_choice, check_sizes, decode, subspaces
+from .pq_codebook import SIZES, as_stored, bits, check_choice, check_sizes, decode, subspaces
+from .pq_codebook import Precision as Precision
 
 Kernel = Literal["decode", "dense", "table"]
 Tables = Literal["fp32", "int16", "int8"]
@@ -165,7 +166,7 @@ class PQLayer(nn.Module):
             assert known is not None  # `_path` has looked
             return known.tensors
         if known is None or known.options != self._options() or not known.is_of(self.codebook, self.indices):
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could serve no gradient later
                 made = (self.decoded(),) if self.kernel == "dense" else self._tables()
             known = self._prepared = _Prepared(self._options(), made, self.codebook, self.indices)
         return known.tensors
@@ -185,11 +186,12 @@ class PQLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PQLayer:
         self._prepared = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._prepared = None
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # a copy prepares its own
@@ -224,14 +226,19 @@ class _Prepared:
     def __init__(self, options: tuple[str, ...], tensors: tuple[Tensor, ...], *sources: Tensor) -> None:
         self.options, self.tensors = options, tensors
         # a second view keeps the memory alive: nothing else can get its address
-        self._sources = [(source, source.detach(), source._version) for source in sources]
+        self._sources = [(source, source.detach(), _version(source)) for source in sources]
 
     def is_of(self, *sources: Tensor) -> bool:
         """Whether these are the tensors from which it was made, unchanged."""
         return all(
-            now is old and now.data_ptr() == view.data_ptr() and now._version == version
+            now is old and now.data_ptr() == view.data_ptr() and _version(now) == version
             for now, (old, view, version) in zip(sources, self._sources, strict=True)
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; one of inference mode does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")

@@ -209,6 +209,58 @@ def test_what_learns_is_decoded(kernel: Any) -> None:
     assert bool((layer.codebook.grad != 0).any())
 
 
+class Pair(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.conv = PQConv2d(6, 8, (3, 2), padding="same", groups=2, subspace=2, codewords=16, **options)
+        self.head = PQLinear(8, 5, subspace=3, codewords=8, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "prepared"), [("decode", False), ("dense", True), ("table", False), ("table", True)]
+)
+def test_exports_and_compiles(kernel: Any, prepared: bool) -> None:
+    """Prepared, a layer goes through as it runs; not prepared, decoded."""
+    model, x = Pair(kernel=kernel, codebook="int8").eval().requires_grad_(False), torch.randn(2, 6, 7, 7)
+    if prepared:
+        model.conv.prepare()
+        model.head.prepare()
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    operations = {str(node.target) for node in exported.graph.nodes}
+    assert ("fxpress.pq_conv2d.default" in operations) == (prepared and kernel == "table")
+    assert ("aten.embedding.default" in operations) == (not prepared or kernel == "decode")
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, 6, 7, 7)
+        assert torch.allclose(exported.module()(x), model(x), atol=1e-5)
+        assert torch.allclose(fast(x), model(x), atol=1e-5)
+
+
+def test_trains_under_compile() -> None:
+    model, x = Pair(codebook="fp16"), torch.randn(2, 6, 7, 7)
+    torch._dynamo.reset()
+    fast = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    model(x).square().sum().backward()
+    fast(x).square().sum().backward()
+    assert torch.allclose(fast.conv.codebook.grad, model.conv.codebook.grad, atol=1e-6)
+
+
+def test_what_inference_mode_prepares_serves_gradients() -> None:
+    layer = PQLinear(8, 4, subspace=2, codewords=4, kernel="dense").eval().requires_grad_(False)
+    with torch.inference_mode():
+        layer(torch.randn(2, 8))
+    x = torch.randn(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.decoded().sum(0).expand(2, 8), atol=1e-6)
+    with torch.inference_mode():
+        made = PQLinear(8, 4, subspace=2, codewords=4, kernel="table").eval()
+        assert torch.allclose(made(x), F.linear(x, made.decoded(), made.bias), atol=1e-5)
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "codewords": (lambda: PQLinear(8, 4, subspace=2, codewords=12), "codewords is 12; allowed: 2, 4, 8"),
     "too many": (lambda: PQLinear(8, 4, subspace=2, codewords=512), "codewords is 512"),
