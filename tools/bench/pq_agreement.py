@@ -43,10 +43,10 @@ ADAM = {"optimizer": "adamw", "lr": 5e-4, "weight_decay": 0, "precision": "bf16"
 class Plan:
     """How much is run: crops for calibration, for an epoch of fine-tuning and for judging, epochs, and ratios."""
 
-    calibration: int = 512
-    tuning: int = 1024
-    judged: int = 440
-    more: int = 512
+    calibration: int = 256
+    tuning: int = 768
+    judged: int = 330
+    more: int = 256
     epochs: int = 1
     ratios: tuple[int, ...] = RATIOS
 

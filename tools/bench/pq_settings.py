@@ -12,12 +12,14 @@ def options(ratio: int) -> dict[str, Any]:
     """Options of `product-quantize` with which the weights that it takes are about `ratio` times smaller.
 
     A 1x1 convolution shares its codewords among few vectors, one per output: where outputs are few, so are codewords.
+    The first six blocks, 1.5 % of the weights, stay as they are: on crops of calibration photographs, quantising them at
+    16x brought the agreement of first classes from 66 % down to 26 %.
     """
     general, last, exceptions = _TABLE[ratio]
     return {
         **_setting(*general),
         "codebook": "int8",
-        "ignore": ["_conv_stem"],
+        "ignore": ["_conv_stem", EARLY],
         "last": _setting(*last),
         "layers": {pattern: _setting(*setting) for pattern, setting in exceptions.items()},
     }
@@ -29,8 +31,8 @@ def _setting(subspace: int, codewords: int) -> dict[str, int]:
 
 _Setting = tuple[int, int]
 _TABLE: dict[int, tuple[_Setting, _Setting, dict[str, _Setting]]] = {
-    10: ((2, 32), (2, 32), dict.fromkeys((*MIDDLE, EARLY), (2, 16))),
-    16: ((2, 16), (3, 32), {EXPAND: (3, 32), "_conv_head": (3, 32), PROJECT: (2, 8), EARLY: (2, 8)}),
-    20: ((2, 8), (2, 8), {PROJECT: (4, 16), **dict.fromkeys(MIDDLE, (3, 8)), EARLY: (2, 8)}),
+    10: ((2, 32), (2, 32), dict.fromkeys(MIDDLE, (2, 16))),
+    16: ((2, 16), (3, 32), {EXPAND: (3, 32), "_conv_head": (3, 32), PROJECT: (2, 8)}),
+    20: ((2, 8), (2, 8), {PROJECT: (4, 16), **dict.fromkeys(MIDDLE, (3, 8))}),
 }
 """Ratio → width d and codewords K of all layers, of the classifier, and exceptions."""
