@@ -32,10 +32,8 @@ def pack(header: Any, indices: Tensor, gang: int) -> Tensor:
     blocked = F.pad(blocked, (0, -blocked.shape[3] % BLOCK, 0, 0, 0, -header.subspaces % gang))
     terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))  # tap, term, sub, group, block, channel
     sub = torch.arange(gang).view(-1, 1, 1, 1)
-    if gang == 4:
-        terms = terms // 16 * 64 + terms // 4 % 4 * 16 + sub * 4 + terms % 4
-    else:
-        terms = terms + sub * 64  # no gang: sub is 0
+    fours = terms // 16 * 64 + terms // 4 % 4 * 16 + sub * 4 + terms % 4
+    terms = fours if gang == 4 else terms + sub * 64
     terms = terms.permute(3, 4, 0, 1, 5, 2)  # group, block, tap, term, channel, sub
     if gang == 1:
         terms = terms.unflatten(4, (2, BLOCK // 2)).transpose(4, 5)  # the two halves of a block alternate

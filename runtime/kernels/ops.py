@@ -106,15 +106,15 @@ def _pq_conv2d(
     groups: int,
     tables: str,
 ) -> Tensor:
-    _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
+    _check_conv2d(x, codebook, bias, out_channels, groups, tables)
     layouts.check_tensor(layout)
+    y = _empty_conv2d(x, out_channels, kernel_size, stride, padding, dilation)
     found = library.library()
     if found is None:
         y = reference.pq_conv2d(
             x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables
         )
         return y.contiguous(memory_format=_image_format(x))
-    y = _fake_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables)
     memory_format = _image_format(x)
     x, (codebook, dims_major), layout = (
         x.contiguous(memory_format=memory_format),
@@ -141,6 +141,14 @@ def _pq_conv2d(
     return y
 
 
+def _check_conv2d(x: Tensor, codebook: Tensor, bias: Tensor | None, outputs: int, groups: int, tables: str) -> None:
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or outputs % groups:
+        raise KernelError(
+            f"x {tuple(x.shape)} and {outputs} outputs do not make {groups} groups of (N, C, H, W) images"
+        )
+    _check(x, codebook, bias, outputs, tables, x.shape[1] // groups)
+
+
 def _image_format(x: Tensor) -> torch.memory_format:
     """Format of the outputs: that of the images, as torch's own convolutions do it."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -160,12 +168,19 @@ def _fake_conv2d(
     groups: int,
     tables: str,
 ) -> Tensor:
-    _check(x, codebook, bias, out_channels, tables, x.shape[1] // groups)
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
-    y = x.new_empty(x.shape[0], out_channels, *size)
-    return y.contiguous(memory_format=_image_format(x))
+    _check_conv2d(x, codebook, bias, out_channels, groups, tables)
+    return _empty_conv2d(x, out_channels, kernel_size, stride, padding, dilation)
+
+
+def _empty_conv2d(
+    x: Tensor, outputs: int, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The outputs' memory, in the format of the images."""
+    edges = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    size = [(edge + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for edge, kernel, step, pad, gap in edges]
+    if any(edge < 1 for edge in size):
+        raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {tuple(kernel_size)}")
+    return torch.empty(x.shape[0], outputs, *size, dtype=x.dtype, device=x.device, memory_format=_image_format(x))
 
 
 _LIBRARY.impl("pq_linear", _pq_linear, "CPU")

@@ -16,12 +16,14 @@ NaN inputs give what decode-and-compute gives.
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ...ir.errors import KernelError
 from . import layout as layouts
 from . import reference_conv
 
@@ -123,9 +125,17 @@ def pq_conv2d(
 ) -> Tensor:
     """(N, C, H, W) -> (N, out, Ho, Wo); the arguments are those of `torch.ops.fxpress.pq_conv2d`.
 
-    Every pixel has tables of its own, with an offset each; taps outside of the image are skipped. One scale per image.
+    Every pixel has tables of its own; taps outside of the image are skipped. The integer tables are made otherwise than
+    those of a linear layer: `reference_conv.py`.
     """
-    _, indices = layouts.unpack(layout)
+    header, indices = layouts.unpack(layout)
+    wanted = (math.prod(kernel_size), *codebook.shape[:2], out_channels, groups)
+    found = (header.taps, header.subspaces, header.codewords, header.outputs, header.groups)
+    if wanted != found:
+        raise KernelError(
+            f"An index layout whose taps, sub-spaces, code words, outputs and groups are {found} does not fit a "
+            f"convolution with {wanted}"
+        )
     n, channels, height, width = x.shape
     pixels = x.reshape(n, groups, channels // groups, height, width).permute(0, 1, 3, 4, 2)
     pixels = F.pad(pixels, (0, codebook.shape[0] * codebook.shape[2] - channels // groups))
@@ -133,7 +143,7 @@ def pq_conv2d(
     possible = tables != "fp32" and reference_conv.can_quantize(codebook, len(indices))
     images = [x.new_empty(0, out_channels, *_out_size(height, width, *geometry))]
     for image in (pixels[i : i + 1] for i in range(n)):
-        if possible and reference_conv.in_range(image.abs().amax() if image.numel() else image.sum()):
+        if possible and image.numel() and reference_conv.in_range(image.abs().amax()):
             q, unit = reference_conv.quantize(image[0], codebook, tables)
             images.append(_look_up_taps(q[None], indices, *geometry).float() * unit)
         else:

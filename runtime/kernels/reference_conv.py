@@ -10,8 +10,8 @@ A pixel's tables are many, so that a second pass over them costs as much as maki
     "int16": q = round(a 8191 / A) in -8191..8191
     y = unit sum q + bias,   unit = the value of one step, 2^(15 + h) / (w fs fd) or A / (8191 fs fd)
 
-C = 2^min(14, (31 - l) / 2) - 1 and S = 2^min(14, (30 - l) / 2) - 1 (whole numbers) with l = ceil(log2 d): a never leaves
-32 bits. Sums of q are exact. "int8" has 7 bits, because two entries are added as bytes.
+With l = ceil(log2 d), C = 2^min(14, (31 - l) / 2) - 1 and S = 2^min(14, (30 - l) / 2) - 1 in whole numbers: a never
+leaves 32 bits. Sums of q are exact. "int8" has 7 bits, because two entries are added as bytes.
 """
 
 from __future__ import annotations

@@ -55,8 +55,11 @@ void conv_pack(const Layout& layout, int64_t gang, uint8_t* payload, uint8_t* ro
     const int64_t blocks = shape.blocks * layout.groups;
     memset(payload, 0, size_t(blocks * shape.taps * shape.terms * gang * BLOCK));
     for (int64_t tap = 0; tap < shape.taps; tap++)
-        for (int64_t m = 0; m < layout.subspaces; m++) {
-            unpack_row(layout, tap, m, 0, layout.outputs, row);
+        for (int64_t m = 0; m < shape.terms * gang; m++) {
+            if (m < layout.subspaces)
+                unpack_row(layout, tap, m, 0, layout.outputs, row);
+            else
+                memset(row, 0, layout.outputs);  // a sub-space beyond the last has tables of its own, of zeros
             for (int64_t o = 0; o < layout.outputs; o++)
                 payload[shape.at(tap, m, o)] = uint8_t(term_byte(gang, shape.entries, m % gang, row[o]));
         }
