@@ -12,8 +12,8 @@ def options(ratio: int) -> dict[str, Any]:
     """Options of `product-quantize` with which the weights that it takes are about `ratio` times smaller.
 
     A 1x1 convolution shares its codewords among few vectors, one per output: where outputs are few, so are codewords.
-    The first six blocks, 1.5 % of the weights, stay as they are: on crops of calibration photographs, quantising them at
-    16x brought the agreement of first classes from 66 % down to 26 %.
+    The first six blocks, 1.5 % of the weights, stay as they are: on crops of calibration photographs, quantising them
+    at 16x brought the agreement of first classes from 66 % down to 26 %.
     """
     general, last, exceptions = _TABLE[ratio]
     return {
