@@ -53,7 +53,7 @@ def kmeans(
     """
     _, vectors, width = points.shape
     step = max(1, SCORES // max(1, vectors * codewords))
-    parts = [_solve(part, codewords, generator, iterations, tolerance) for part in points.split(step)]
+    parts = [_solve(part, codewords, generator, iterations, tolerance) for part in torch.split(points, step)]
     if not parts:
         empty = points.new_zeros(0, codewords, width)
         return Clusters(empty, empty.new_zeros(0, vectors, dtype=torch.uint8), empty.new_zeros(0, dtype=torch.float64))

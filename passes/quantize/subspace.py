@@ -149,4 +149,5 @@ def _inverse(matrix: Tensor) -> Tensor:
     """Inverse of a symmetric matrix (d, d) in double precision; a diagonal that rounding spoilt is raised."""
     values, vectors = torch.linalg.eigh(matrix.double())
     floor = values[-1].clamp(min=torch.finfo(torch.float64).tiny) * 1e-6
-    return ((vectors / values.clamp(min=floor)) @ vectors.mT).to(matrix.dtype)
+    inverse: Tensor = (vectors / values.clamp(min=floor)) @ vectors.mT
+    return inverse.to(matrix.dtype)

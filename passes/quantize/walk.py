@@ -192,7 +192,8 @@ class Walk:
         live = [n for i, n in enumerate(self.nodes[:stop]) if n.op != "get_attr" and self._last_use[n] >= stop]
         per_image = 4 * sum(map(_numbers, live)) / batch_size(self.before)
         sides = 1 if self.before is self.after else 2
-        return per_image * sides * self.images / processes().num_processes
+        world: int = processes().num_processes
+        return per_image * sides * self.images / world
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

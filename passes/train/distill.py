@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 from torch import nn
 
+from ...ir.errors import OptionError
 from ...ir.graph import Graph
 from ...runtime.data import Data
+from ...runtime.layers.pq_layer import PQLayer
 from ...runtime.training import Taps, TrainResult, train
 from ..analyse.recorder import WeightRecorder
 from ..base import TRAINING, Context, Pass, PassResult, Semantics
@@ -44,6 +48,8 @@ class Distill(TrainingOptions, LossOptions, Pass):
     semantics: ClassVar[Semantics] = TRAINING
     needs: ClassVar[tuple[str, ...]] = ("train",)
 
+    only: Literal["codebooks"] | None = None
+    """Train the codewords of product-quantized layers alone; null trains all parameters. Indices never change."""
     record: bool | str = False
     """Record how the filters change over the second half of the epochs, for a later `criterion: statistics`: in this
     pipeline (`true`), or in a file of this name as well."""
@@ -56,17 +62,18 @@ class Distill(TrainingOptions, LossOptions, Pass):
             taps = find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
         inputs = graph.example_kwargs or graph.example_args
         recorder = self.recorder(graph.module)
-        result = self.teach(
-            graph.module,
-            teacher,
-            taps,
-            inputs,
-            context.data,
-            seed=context.seed,
-            console=context.console,
-            workdir=context.workdir,
-            recorder=recorder,
-        )
+        with _codebooks_alone(graph.module) if self.only else contextlib.nullcontext():
+            result = self.teach(
+                graph.module,
+                teacher,
+                taps,
+                inputs,
+                context.data,
+                seed=context.seed,
+                console=context.console,
+                workdir=context.workdir,
+                recorder=recorder,
+            )
         if recorder is not None and recorder.statistics.checkpoints:
             context.records.statistics = recorder.statistics
         with graph.edit(self.name):
@@ -122,6 +129,25 @@ class Distill(TrainingOptions, LossOptions, Pass):
         if recorder is not None and isinstance(self.record, str):
             recorder.statistics.save(self.record)
         return result
+
+
+@contextlib.contextmanager
+def _codebooks_alone(network: nn.Module) -> Iterator[None]:
+    """Until the block is left, no parameter but the codewords of product-quantized layers learns."""
+    codebooks = {id(layer.codebook) for layer in network.modules() if isinstance(layer, PQLayer)}
+    if not codebooks:
+        raise OptionError(
+            "pass 'distill', option 'only': the network has no product-quantized layer",
+            hint="Put `product-quantize` before it, or leave the option out.",
+        )
+    frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in codebooks]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def _note(result: TrainResult) -> str:

@@ -31,6 +31,7 @@ from ...ir.trace import trace
 from ...passes.base import Context
 from ...passes.progress import make_console
 from ...passes.quantize.kmeans import kmeans
+from ...passes.quantize.learning import Kind
 from ...passes.quantize.product_quantize import ProductQuantize
 from ...passes.runner import run_pass
 from ...runtime.data import Data
@@ -76,7 +77,7 @@ def main() -> None:
     rows = [header(options.seed)]
     for problem in PROBLEMS:
         rows += compare(problem, limit=16 if options.quick else 128, seed=options.seed, threads=options.threads)
-    kinds = ("accumulated",) if options.quick else ("none", "layer", "accumulated")
+    kinds: tuple[Kind, ...] = ("accumulated",) if options.quick else ("none", "layer", "accumulated")
     for kind in kinds:
         images = 16 if options.quick else options.images
         rows += learn_alexnet(kind, images, options.seed, make_console())
@@ -161,7 +162,7 @@ def _faiss(faiss: Any, points: Tensor, words: int, seed: int) -> float:
 # -- AlexNet --------------------------------------------------------------------------------------------------
 
 
-def learn_alexnet(correction: str, images: int, seed: int, console: Console) -> list[Row]:
+def learn_alexnet(correction: Kind, images: int, seed: int, console: Console) -> list[Row]:
     """Wall and CPU seconds of the pass on AlexNet in the paper's settings, and what it did to the error.
 
     Args:
@@ -194,7 +195,8 @@ def _alexnet(seed: int) -> nn.Module:
     from torchvision.models import alexnet
 
     torch.manual_seed(seed)
-    return alexnet(weights=None).eval()
+    network: nn.Module = alexnet(weights=None).eval()
+    return network
 
 
 def _blurred_noise(images: int, seed: int) -> list[tuple[Tensor, Tensor]]:
