@@ -84,9 +84,10 @@ def random_layer(layer: nn.Linear | nn.Conv2d, setting: Setting, seed: int = 0) 
     taps, count = layer.weight[0, 0].numel() if kernel else 1, -(-inputs // setting.subspace)
     codebook = torch.randn(count, setting.codewords, setting.subspace) / (inputs * taps) ** 0.5
     indices = torch.randint(setting.codewords, (taps, count, out), dtype=torch.uint8)
-    make = PQConv2d.from_weights if isinstance(layer, nn.Conv2d) else PQLinear.from_weights
-    made: PQ = make(layer, codebook, indices, kernel="table", tables=setting.tables)
-    return made.eval()
+    options = {"kernel": "table", "tables": setting.tables}
+    if isinstance(layer, nn.Conv2d):
+        return PQConv2d.from_weights(layer, codebook, indices, **options).eval()
+    return PQLinear.from_weights(layer, codebook, indices, **options).eval()
 
 
 def dense_layer(layer: PQ) -> nn.Linear | nn.Conv2d:
@@ -97,7 +98,7 @@ def dense_layer(layer: PQ) -> nn.Linear | nn.Conv2d:
         dense = nn.Linear(layer.in_features, layer.out_features, bias)
     else:
         sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, bias)
-        dense = nn.Conv2d(layer.in_channels, layer.out_channels, *sizes)  # type: ignore[arg-type]
+        dense = nn.Conv2d(layer.in_channels, layer.out_channels, *sizes)
     with torch.no_grad():
         dense.weight.copy_(layer.decoded())
         if dense.bias is not None and layer.bias is not None:

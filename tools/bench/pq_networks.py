@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...ir.graph import Graph
 from ...passes.compile import compile as compile_network
+from ...passes.compiled import Compiled, load
 from ...runtime import artifact
 from ...runtime.layers.pq_layer import PQLayer, Precision
 from .common import Row
@@ -84,6 +85,7 @@ class Network:
         for layer in model.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
         return model, torch.randn(1, 3, SIZE, SIZE)
 
@@ -149,32 +151,32 @@ def place(folder: Path, network: Network, recipe: Recipe, suffix: str = "") -> P
 
 def emitted(
     network: Network, recipe: Recipe, tables: Tables, seed: int, folder: Path, image: Tensor
-) -> tuple[Path, Any]:
-    """The emitted network (file, and as loaded from it); kernels are chosen for this image."""
-    source = quantise(network, recipe, seed, place(folder, network, recipe))
-    graph = artifact.load(source).graph
-    compiled = compile_network(graph, [{"emit": {"tables": tables}}], image, verify=False)
-    path = place(folder, network, recipe, f", {tables} {image.shape[0]}")
-    compiled.save(path)
-    return path, compiled
+) -> tuple[Path, Compiled]:
+    """The emitted network (file, and as loaded from it); kernels are chosen for this image, once per folder."""
+    path = place(folder, network, recipe, f", {tables} tables")
+    if not path.exists():
+        source = quantise(network, recipe, seed, place(folder, network, recipe))
+        graph = artifact.load(source).graph
+        compile_network(graph, [{"emit": {"tables": tables}}], image, verify=False).save(path)
+    return path, load(path)
 
 
-def measure_network(network: Network, load: Load, folder: Path, seed: int, rounds: int, advance: Advance) -> list[Row]:
+def measure_network(network: Network, asked: Load, folder: Path, seed: int, rounds: int, advance: Advance) -> list[Row]:
     """Rows of one network under one load, warm and cold."""
-    torch.set_num_threads(load.threads)
+    torch.set_num_threads(asked.threads)
     model, image = network.build(seed)
-    images = image.repeat(load.batch, 1, 1, 1)
+    images = image.repeat(asked.batch, 1, 1, 1)
     engines = list(_ours(network, folder, seed, images))
-    rows = _choices(network, load, engines)
-    files = prepare_peers(decoded(model, engines[0][1].graph), images, folder / f"{network.name}, batch {load.batch}")
+    rows = _choices(network, asked, engines)
+    files = prepare_peers(decoded(model, engines[0][1].graph), images, folder / f"{network.name}, batch {asked.batch}")
     timed = [engine for engine, _ in engines]
-    timed += [torch_engine(TORCH, "float", model, images), *peer_engines(files, images, load.threads)]
+    timed += [torch_engine(TORCH, "float", model, images), *peer_engines(files, images, asked.threads)]
     distances = _distances(timed, engines, model, images)
-    goals: Goals = {engine.name: network.faster for engine, _ in engines} if load.batch == 1 else {}
+    goals: Goals = {engine.name: network.faster for engine, _ in engines if "int8" in engine.name}
     for cache in CACHES:
         times = take_turns(timed, rounds if cache == "warm" else -(-rounds // 2), cache, advance)
-        case = f"{network.name}, {load}, {cache}"
-        rows += rows_of(case, timed, times, distances, goals if cache == "warm" else {}, load.threads)
+        case = f"{network.name}, {asked}, {cache}"
+        rows += rows_of(case, timed, times, distances, goals if cache == "warm" else {}, asked.threads)
     return rows
 
 
@@ -183,21 +185,21 @@ def name_of(recipe: Recipe, tables: Tables) -> str:
     return f"fxpress {recipe.name}, {tables} tables"
 
 
-def _ours(network: Network, folder: Path, seed: int, images: Tensor) -> Iterator[tuple[Engine, Any]]:
+def _ours(network: Network, folder: Path, seed: int, images: Tensor) -> Iterator[tuple[Engine, Compiled]]:
     for recipe in (PUBLISHED, FAST):
         for tables in recipe.tables:
             _, compiled = emitted(network, recipe, tables, seed, folder, images)
             yield torch_engine(name_of(recipe, tables), "pq", compiled.module, images), compiled
 
 
-def _choices(network: Network, load: Load, engines: list[tuple[Engine, Any]]) -> list[Row]:
+def _choices(network: Network, asked: Load, engines: list[tuple[Engine, Compiled]]) -> list[Row]:
     """What `emit` has chosen, one row per engine."""
     rows = []
     for engine, compiled in engines:
         metrics = compiled.report["emit"].metrics
         dense = [name for name, choice in metrics["kernels"].items() if choice["kernel"] == "dense"]
         text = f"{metrics['layout']}; dense: {', '.join(dense) or 'none'}"
-        rows.append(Row(f"{network.name}, {load}, choices", engine.name, text))
+        rows.append(Row(f"{network.name}, {asked}, choices", engine.name, text))
     return rows
 
 
@@ -213,7 +215,7 @@ def decoded(model: nn.Module, graph: Graph) -> nn.Module:
 
 
 def _distances(
-    timed: list[Engine], engines: list[tuple[Engine, Any]], model: nn.Module, images: Tensor
+    timed: list[Engine], engines: list[tuple[Engine, Compiled]], model: nn.Module, images: Tensor
 ) -> dict[str, float]:
     """Of each engine to the decoded network of its own codes; peers run the codes of the first of ours."""
     found = {}
