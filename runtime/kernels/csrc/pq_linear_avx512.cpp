@@ -19,6 +19,9 @@ namespace {
 using Floats = __m512;
 using Ints = __m512i;
 
+// The sum is made here: gcc would rather keep all terms in memory and add them up at the end.
+#define FX_NOW(sum) __asm__("" : "+v"(sum))
+
 constexpr int64_t AHEAD = 2048;  // bytes between what is read and what is fetched into the cache
 
 bool knows(const Layout& layout, int) { return layout.id == LANES || (layout.id == ROWS && layout.codewords >= 64); }
@@ -296,6 +299,7 @@ FX_INLINE void sum_lanes_fp32(const PqLookUp& job, const PqImage* images, const 
                     const Floats found = K == 16 ? _mm512_permutexvar_ps(index, table[b])
                                                  : _mm512_permutex2var_ps(table[b], index, upper[b]);
                     sum[r][b] = _mm512_add_ps(sum[r][b], found);
+                    FX_NOW(sum[r][b]);
                 }
             }
         }
@@ -444,6 +448,7 @@ void sum_rows_fp32(const PqLookUp& job, const PqImage& image, const uint8_t* pan
         for (int r = 0; r < R; r++) {
             const Ints index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(at + r * 16)));
             sum[r] = _mm512_add_ps(sum[r], find_fp32<K>(image.tables + m * K, index));
+            FX_NOW(sum[r]);
         }
     }
     for (int r = 0; r < R; r++) store(job, image, output + r * 16, sum[r]);
