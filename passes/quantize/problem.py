@@ -85,7 +85,8 @@ def shrinkage(gram: Tensor, samples: float) -> float:
         samples: number of rows X that G is made of.
     """
     features = gram.shape[1]
-    squares = float(gram.norm(dtype=torch.float64)) ** 2
+    parts = torch.split(gram, 256, 1)  # in double precision the whole may not fit into memory
+    squares = sum(float(part.norm(dtype=torch.float64)) ** 2 for part in parts)
     traces = float(gram.diagonal(dim1=1, dim2=2).sum(1).double().square().sum())
     spread = squares - traces / features
     if spread <= 0:
