@@ -164,7 +164,7 @@ class Binarize(Pass):
         kind = "one bit" if self.weights == "binary" else "three values"
         result.notes.append(f"weights of {len(jobs)} layers have {kind}: {binary:,} of {total:,} parameters")
         if dropped:
-            result.notes.append(f"{dropped} biases in front of batch norms removed")
+            result.notes.append(f"biases in front of batch norms removed: {dropped}")
         if real:
             result.notes.append(f"{len(real)} of these layers read values that are not quantised")
         result.metrics |= {"binary_layers": [job.path for job in jobs], "binary_parameters": binary}

@@ -87,7 +87,7 @@ def test_a_plain_network() -> None:
     assert {skip.node: skip.reason for skip in result.skips} == {
         "0": "the first layer keeps its precision", "12": "the last layer keeps its precision"
     }  # fmt: skip
-    assert any("2 biases" in note for note in result.notes)
+    assert any("norms removed: 2" in note for note in result.notes)
     assert graph.module.get_submodule("4").bias is None
 
 
