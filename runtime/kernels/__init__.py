@@ -8,7 +8,7 @@ Importing the package registers the operators:
 
 x and codebook (M, K, d) are float32, `layout` comes from `prepare_linear` or `prepare_conv2d`, bias may be None, tables
 is "fp32", "int16" or "int8" (`reference.py` has the formulas). No gradients: a layer that trains decodes its weight.
-`binary_ops` has those of layers with one-bit weights: `binary_conv2d`, `binary_linear`, and both with levels for outputs.
+Layers with one-bit weights: `binary_conv2d`, `binary_linear`, and both with levels for output (`binary_ops.py`).
 """
 
 from . import binary_ops as binary_ops

@@ -2,10 +2,10 @@
 
 A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little endian), then the payload.
 
-    SIX      [channel / 64][piece of groups][output / 64][ky][group][kx][64] bytes: the six weights of a group of channels
-             are an index into a table of 64 sums (AVX-512). A block of 64 channels has 11 groups, a piece of them as many
-             as add up in a byte. Channel c of a block stands at code c % 22 and bit c / 22 + 3 (code % 2) of group code / 2.
-             Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
+    SIX      [channel / 64][piece of groups][output / 64][ky][group][kx][64] bytes: six weights are an index
+             into a table of 64 sums (AVX-512). A block of 64 channels has 11 groups, a piece of them as many as add up
+             in a byte. Channel c of a block stands at code c % 22, and there at bit c / 22 + 3 (code % 2) of group
+             code / 2. Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
     PLANES   [group][output / 8][tap][channel / 64][8] words of 64 bits, little endian: for kernels that count bits.
 """
 
@@ -31,7 +31,7 @@ _HINT = "Make it anew with fxpress.runtime.kernels.prepare_binary_conv2d or prep
 
 @dataclass(frozen=True)
 class Header:
-    """What the first 64 bytes say: layout, groups, outputs of all groups, channels of one, height and width of a kernel."""
+    """The first 64 bytes: layout, groups, outputs of all groups, channels of one, height and width of a kernel."""
 
     layout: int
     groups: int

@@ -27,7 +27,8 @@ _GEOMETRY = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding
 for _schema in (
     f"binary_conv2d(Tensor x, Tensor layout, Tensor scale, Tensor? bias, float[] thresholds, {_GEOMETRY}) -> Tensor",
     f"binary_conv2d_levels(Tensor x, Tensor layout, Tensor cuts, float[] thresholds, {_GEOMETRY}) -> Tensor",
-    "binary_linear(Tensor x, Tensor layout, Tensor scale, Tensor? bias, float[] thresholds, int out_features) -> Tensor",
+    "binary_linear(Tensor x, Tensor layout, Tensor scale, Tensor? bias, float[] thresholds, int out_features)"
+    " -> Tensor",
     "binary_linear_levels(Tensor x, Tensor layout, Tensor cuts, float[] thresholds, int out_features) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
@@ -168,8 +169,8 @@ def _binary_linear_levels(
 
 
 def _fake_conv2d(
-    x: Tensor, layout: Tensor, scale: Tensor, bias: Tensor | None, thresholds: list[float], out_channels: int,
-    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    x: Tensor, layout: Tensor, scale: Tensor, bias: Tensor | None, thresholds: list[float], out_channels: int,  # noqa: ARG001
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     _check(x, thresholds, out_channels)
     _check_scale(scale, bias, out_channels)
@@ -180,8 +181,8 @@ def _fake_conv2d(
 
 
 def _fake_conv2d_levels(
-    x: Tensor, layout: Tensor, cuts: Tensor, thresholds: list[float], out_channels: int,
-    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    x: Tensor, layout: Tensor, cuts: Tensor, thresholds: list[float], out_channels: int,  # noqa: ARG001
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     _check(x, thresholds, out_channels)
     _check_cuts(cuts, out_channels)
@@ -191,14 +192,25 @@ def _fake_conv2d_levels(
 
 
 def _fake_linear(
-    x: Tensor, layout: Tensor, scale: Tensor, bias: Tensor | None, thresholds: list[float], out_features: int
+    x: Tensor,
+    layout: Tensor,  # noqa: ARG001
+    scale: Tensor,
+    bias: Tensor | None,
+    thresholds: list[float],
+    out_features: int,
 ) -> Tensor:
     _check(x, thresholds, out_features)
     _check_scale(scale, bias, out_features)
     return x.new_empty((*x.shape[:-1], out_features), dtype=torch.float32)
 
 
-def _fake_linear_levels(x: Tensor, layout: Tensor, cuts: Tensor, thresholds: list[float], out_features: int) -> Tensor:
+def _fake_linear_levels(
+    x: Tensor,
+    layout: Tensor,  # noqa: ARG001
+    cuts: Tensor,
+    thresholds: list[float],
+    out_features: int,
+) -> Tensor:
     _check(x, thresholds, out_features)
     _check_cuts(cuts, out_features)
     return x.new_empty((*x.shape[:-1], out_features), dtype=torch.uint8)

@@ -10,6 +10,7 @@
 namespace fx {
 namespace {
 
+constexpr int64_t RUN = 1024;                // pixels of a plane that are quantised at a time
 constexpr int64_t CODES_BYTES = 8 << 20;     // of the images that are quantised together
 
 struct ThreeTables {
@@ -53,47 +54,59 @@ struct Job {
 
 struct Thresholds {
     __m512 t[3];
+    __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), three = _mm512_set1_epi32(3);
     explicit Thresholds(const float* values) {
         for (int i = 0; i < 3; i++) t[i] = _mm512_set1_ps(values[i]);
     }
-    // level << shift in 32-bit lanes
-    FX_INLINE __m512i level(__m512 x, int shift) const {
-        __m512i found = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, t[0], _CMP_GT_OQ), 1 << shift);
-        found = _mm512_mask_set1_epi32(found, _mm512_cmp_ps_mask(x, t[1], _CMP_GT_OQ), 2 << shift);
-        return _mm512_mask_set1_epi32(found, _mm512_cmp_ps_mask(x, t[2], _CMP_GT_OQ), 3 << shift);
+    // levels as 32-bit lanes
+    FX_INLINE __m512i level(__m512 x) const {
+        __m512i found = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, t[0], _CMP_GT_OQ), one);
+        found = _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, t[1], _CMP_GT_OQ), two);
+        return _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, t[2], _CMP_GT_OQ), three);
     }
 };
 
-// 64 pixels of one plane of codes from up to three channels
-FX_INLINE void codes_planar(const float* x, int64_t step, int64_t channels, int64_t t, int64_t count,
-                            const Thresholds& thresholds, uint8_t* codes) {
+// `count` pixels of one plane of codes from FIELDS channels
+template <int FIELDS>
+void codes_planar(const float* x, int64_t step, int64_t count, const Thresholds& thresholds, uint8_t* codes) {
+    const Thresholds at = thresholds;
     for (int64_t p = 0; p < count; p += 16) {
         const __mmask16 mask = count - p >= 16 ? 0xffff : __mmask16((1 << (count - p)) - 1);
-        __m512i code = _mm512_setzero_si512();
-        FX_UNROLL
-        for (int field = 0; field < 3; field++)
-            if (t + field * CODES < least(channels, 64))
-                code = _mm512_or_si512(
-                    code, thresholds.level(_mm512_maskz_loadu_ps(mask, x + (t + field * CODES) * step + p), 2 * field));
+        __m512i code = at.level(_mm512_maskz_loadu_ps(mask, x + p));
+        if (FIELDS > 1)
+            code = _mm512_or_si512(
+                code, _mm512_slli_epi32(at.level(_mm512_maskz_loadu_ps(mask, x + CODES * step + p)), 2));
+        if (FIELDS > 2)
+            code = _mm512_or_si512(
+                code, _mm512_slli_epi32(at.level(_mm512_maskz_loadu_ps(mask, x + 2 * CODES * step + p)), 4));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + p), _mm512_cvtepi32_epi8(code));
     }
 }
 
 void quantise_planar(const Job& job, int64_t image, int64_t block, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
-    const int64_t pixels = call.pixels(), channels = call.channels - 64 * block;
+    const int64_t pixels = call.pixels(), channels = least(64, call.channels - 64 * block);
     const float* x = static_cast<const float*>(call.x) + ((job.first + image) * call.channels + 64 * block) * pixels;
     uint8_t* codes = job.codes_of(image, block);
     int16_t* totals = job.totals_of(image, block);
     const Thresholds thresholds(call.threshold);
     const __m512i total = _mm512_load_si512(three().total);
+    // long runs, because every channel is a stream of its own for the memory
+    for (int64_t p = begin; p < end; p += RUN)
+        for (int64_t t = 0; t < CODES; t++) {
+            const int64_t count = least(RUN, least(end, pixels) - p), fields = ceil_div(channels - t, CODES);
+            uint8_t* to = codes + t * job.plane + p;
+            const float* from = x + t * pixels + p;
+            if (fields >= 3) codes_planar<3>(from, pixels, count, thresholds, to);
+            else if (fields == 2) codes_planar<2>(from, pixels, count, thresholds, to);
+            else if (fields == 1) codes_planar<1>(from, pixels, count, thresholds, to);
+            else for (int64_t i = 0; i < count; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), __m128i());
+        }
     for (int64_t p = begin; p < end; p += 64) {
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t t = 0; t < CODES; t++) {
-            uint8_t* to = codes + t * job.plane + p;
-            codes_planar(x + p, pixels, channels, t, least(64, pixels - p), thresholds, to);
-            sum = _mm512_add_epi8(sum, _mm512_permutexvar_epi8(_mm512_loadu_si512(to), total));
-        }
+        for (int64_t t = 0; t < CODES; t++)
+            sum = _mm512_add_epi8(
+                sum, _mm512_permutexvar_epi8(_mm512_loadu_si512(codes + t * job.plane + p), total));
         _mm512_storeu_si512(totals + p, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(sum)));
         _mm512_storeu_si512(totals + p + 32, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(sum, 1)));
     }
@@ -132,8 +145,7 @@ void quantise_pixels(const Job& job, int64_t image, int64_t block, int64_t begin
             __m128i part[4];
             for (int i = 0; i < 4; i++)
                 part[i] = _mm512_cvtepi32_epi8(thresholds.level(
-                    _mm512_maskz_loadu_ps(__mmask16(mask >> 16 * i), static_cast<const float*>(call.x) + at + 16 * i),
-                    0));
+                    _mm512_maskz_loadu_ps(__mmask16(mask >> 16 * i), static_cast<const float*>(call.x) + at + 16 * i)));
             levels = _mm512_inserti64x4(
                 _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1)),
                 _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1), 1);
@@ -236,8 +248,9 @@ const Shape& shape_for(int64_t columns, int64_t rows, bool many_rows) {
     double least_cost = 1e30;
     for (const Shape& shape : SHAPES) {
         if (shape.rows > 1 && !many_rows) continue;
-        const double area = double(shape.rows) * shape.columns;
-        const double cost = double(ceil_div(columns, shape.columns) * ceil_div(rows, shape.rows)) * (area + 2);
+        // look-ups and additions, loads of tables, loads of indices
+        const double work = double(3 * shape.rows * shape.columns + shape.rows * (shape.columns + 2) + 3);
+        const double cost = double(ceil_div(columns, shape.columns) * ceil_div(rows, shape.rows)) * work;
         if (cost < least_cost) least_cost = cost, best = &shape;
     }
     return *best;
@@ -291,7 +304,8 @@ void Part::build_row(int64_t block, int64_t y, int64_t begin, int64_t end, uint8
         for (int64_t x = left + call.width; x < columns; x++) _mm512_store_si512(to + 64 * x, zero);
         const uint8_t* codes = job.codes_of(image, block) + y * call.width * step + 2 * group * other;
         uint8_t* table = to + 64 * left;
-        for (int64_t x = 0; x < call.width; x++, codes += step, table += 64)
+        uint8_t* const stop = table + 64 * call.width;
+        for (; table < stop; codes += step, table += 64)
             _mm512_store_si512(table, _mm512_add_epi8(_mm512_load_si512(known.low[codes[0]]),
                                                       _mm512_load_si512(known.high[codes[other]])));
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from fxpress.ir.errors import KernelError
 from fxpress.runtime import kernels
 from fxpress.runtime.kernels import binary_layout as layouts

@@ -1,0 +1,92 @@
+"""How fast are layers of one-bit weights and two-bit activations? Layers against int8 engines.
+
+    python -m fxpress.tools.bench.binary [--quick] [--only GLOB ...] [--json FILE]
+
+3×3 convolutions of 64 channels on 56×56, 128 on 28×28, 256 on 14×14, 512 on 7×7, and a fully connected layer
+4096×4096: batch 1 and 8, one and two threads, warm and cold cache, fp32 in and out,
+quantising and packing of the activations included.
+Against torch, ONNX Runtime and OpenVINO in fp32 and int8 on the same layer; all are timed in turns in one process
+(`pq_timing`). The last row is the geometric mean of the convolutions' speed-up over the better int8 engine.
+With `--json` the file's rows of other cases are kept, so that a run can be made in parts by `--only`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from .binary_layers import OURS, cases, measure_layer
+from .common import Row, header, read_rows, screen, write_rows
+from .pq import QUICK_ROUNDS, ROUNDS, Job, settings, wanted
+from .pq_layers import LOADS
+from .pq_rows import INT8, merged, table
+
+MEAN_GOAL = 4.0
+MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
+
+
+def main() -> None:
+    """Run the jobs asked for; print the table; write the rows after each job."""
+    options = _arguments()
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    chosen = [job for job in jobs(quick=options.quick) if wanted(job, options.only)]
+    if not chosen:
+        names = ", ".join(repr(job.name) for job in jobs(quick=options.quick))
+        raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
+    rows = [header(options.seed), Row("header", "settings", settings(rounds))]
+    kept: list[Row] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="fxpress-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        for job in chosen:
+            task = bar.add_task(job.name, total=job.turns(rounds))
+            rows += job.run(Path(folder), rounds, partial(bar.advance, task))
+            kept = merged(read_rows(options.json) if options.json and options.json.exists() else [], rows)
+            kept = merged(kept, [*rows[:2], *mean_row(kept)])
+            if options.json:
+                write_rows(options.json, kept)
+    screen().print(table([*rows, *mean_row(kept)], "Binary layers against other engines; ratios: times faster"))
+
+
+def jobs(*, quick: bool) -> Iterator[Job]:
+    """All parts in order; `quick`: two layers, batch 1, one thread."""
+    for case in cases(quick=quick):
+        for load in LOADS[:1] if quick else LOADS:
+            run = partial(measure_layer, case, load)
+            yield Job(f"{case.name}, {load}", run, lambda rounds: rounds + -(-rounds // 2))
+
+
+def mean_row(rows: Iterable[Row]) -> list[Row]:
+    """The geometric mean over the four convolutions at batch 1, one thread, warm; nothing while one is missing."""
+    metric = f"{OURS} | times {INT8}"
+    names = {f"{case.name}, batch 1, 1 thread, warm" for case in cases() if case.name.startswith("conv")}
+    found = [float(row.value) for row in rows if row.case in names and row.metric == metric and row.value is not None]
+    if len(found) < len(names):
+        return []
+    mean = math.prod(found) ** (1 / len(found))
+    return [Row(MEAN_CASE, metric, mean, "", None, f"≥ {MEAN_GOAL:g}", mean >= MEAN_GOAL)]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two layers, batch 1, one thread, few rounds")
+    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="parts by name, e.g. 'FC'")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of a warm measurement; a cold one takes half as many")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Binary layers of the benchmark: shapes, goals, and the engines on them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime import kernels
+from ...runtime.layers import HalfWaveQuantizer
+from .common import Row
+from .pq_engines import Engine, relative_distance, torch_engine
+from .pq_layers import Load
+from .pq_peers import peer_engines, prepare_peers
+from .pq_rows import INT8, TORCH, Goals, rows_of
+from .pq_timing import Advance, Cache, take_turns
+
+OURS = "fxpress binary"
+CACHES: tuple[Cache, ...] = ("warm", "cold")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and its input.
+
+    Args:
+        name: as the table shows it.
+        layer: a dense layer of that shape.
+        shape: of the input, without the batch.
+        goals: cache → rival → how many times faster is wanted at batch 1 on one thread.
+    """
+
+    name: str
+    layer: nn.Linear | nn.Conv2d
+    shape: tuple[int, ...]
+    goals: dict[str, dict[str, float]]
+
+
+def cases(*, quick: bool = False) -> tuple[Case, ...]:
+    """3×3 convolutions 64 channels on 56² to 512 on 7², and FC 4096²; `quick`: 256 channels and the FC."""
+    wanted = {64: 3.0, 128: 4.0, 256: 5.0, 512: 5.0}
+    made = [
+        Case(
+            f"conv 3x3 {width}, {size}x{size}",
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            (width, size, size),
+            {"warm": {INT8: wanted[width], TORCH: 10.0}},
+        )
+        for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    ]
+    full = Case(
+        "FC 4096x4096",
+        nn.Linear(4096, 4096, bias=False),
+        (4096,),
+        {"warm": {INT8: 25.0, TORCH: 10.0}, "cold": {INT8: 5.0}},
+    )
+    return (made[2], full) if quick else (*made, full)
+
+
+class Kernel(nn.Module):
+    """float32 → levels → sums → float32: one call of the operator that an emitted layer calls.
+
+    Args:
+        weight: ±1, (out, in) or (out, in, kh, kw).
+        scale: α Δ per output.
+        quantizer: whose levels the input takes.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, quantizer: HalfWaveQuantizer) -> None:
+        super().__init__()
+        linear = weight.dim() == 2
+        self.layout = (kernels.prepare_binary_linear if linear else kernels.prepare_binary_conv2d)(weight > 0)
+        self.scale, self.thresholds = scale, list(quantizer.thresholds)
+        self.sizes = list(weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) or (N, C, H, W) → the layer's output."""
+        y: Tensor
+        if len(self.sizes) == 2:
+            y = torch.ops.fxpress.binary_linear(x, self.layout, self.scale, None, self.thresholds, self.sizes[0])
+        else:
+            y = self._convolve(x)
+        return y
+
+    def _convolve(self, x: Tensor) -> Any:
+        padding = [size // 2 for size in self.sizes[2:]]
+        return torch.ops.fxpress.binary_conv2d(
+            x, self.layout, self.scale, None, self.thresholds, self.sizes[0], self.sizes[2:], [1, 1], padding, [1, 1], 1
+        )
+
+
+def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Advance) -> list[Row]:
+    """Rows of one layer under one load, warm and cold; the peers run the layer with the weights ±α, dense.
+
+    Args:
+        folder: keeps the files of the other engines from one load to the next.
+        rounds: of a warm measurement; a cold one takes half as many.
+        advance: called after each round.
+    """
+    torch.manual_seed(load.batch)
+    torch.set_num_threads(load.threads)
+    quantizer = HalfWaveQuantizer()
+    images = torch.randn(load.batch, *case.shape)
+    sign = torch.where(case.layer.weight >= 0, 1.0, -1.0)
+    alpha = case.layer.weight.detach().abs().flatten(1).mean(1)
+    with torch.no_grad():
+        case.layer.weight.copy_(sign * alpha.view(-1, *[1] * (sign.dim() - 1)))
+    ours = torch_engine(OURS, "pq", Kernel(sign, alpha * quantizer.levels[0], quantizer), images)
+    files = prepare_peers(case.layer, quantizer(images), folder / f"{case.name}, batch {load.batch}")
+    levels = quantizer(images)
+    peers = [torch_engine(TORCH, "float", case.layer, levels), *peer_engines(files, levels, load.threads)]
+    engines = [ours, *peers]
+    distances = _distances(engines, case.layer, levels)
+    rows = []
+    for cache in CACHES:
+        times = take_turns(engines, rounds if cache == "warm" else -(-rounds // 2), cache, advance)
+        goals: Goals = {OURS: case.goals.get(cache, {})} if (load.batch, load.threads) == (1, 1) else {}
+        rows += rows_of(f"{case.name}, {load}, {cache}", engines, times, distances, goals, load.threads)
+    gc.collect()
+    return rows
+
+
+def _distances(engines: Sequence[Engine], dense: nn.Module, images: Tensor) -> dict[str, float]:
+    """Relative max-norm of each engine's output to that of the dense layer in double precision."""
+    with torch.inference_mode():
+        expected = dense.double()(images.double())
+        dense.float()
+    return {engine.name: relative_distance(expected, engine.output()) for engine in engines}
