@@ -125,9 +125,9 @@ int64_t plane_bytes(const Layout& layout) {
 int64_t packed_bytes(const Layout& layout, int tables) { return plane_bytes(layout) * (tables == INT16 ? 2 : 1); }
 
 // Where the table of sub-space m begins in a plane.
-FX_INLINE int64_t place16(int64_t m) { return m / 8 * BYTES16 + m % 2 * 64 + m % 8 / 2 * 16; }
+static inline int64_t place16(int64_t m) { return m / 8 * BYTES16 + m % 2 * 64 + m % 8 / 2 * 16; }
 
-FX_INLINE int64_t place32(int64_t m) {
+static inline int64_t place32(int64_t m) {
     constexpr int64_t slots[12] = {0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 6, 7};
     return m / 12 * BYTES32 + slots[m % 12] * 32;
 }
