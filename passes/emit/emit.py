@@ -29,12 +29,12 @@ class Emit(Pass):
     memory, the shapes stay) is taken where it saves at least 3 %. Depthwise and narrow convolutions like it, networks
     that are mostly 1×1 convolutions on small maps may not, and which is which depends on the machine.
 
-    A product-quantized layer can run in two ways: with its weight decoded once, as the dense layer that it replaces, or by
-    tables of the products of its input with the codewords, in which the indices look up what to add. `kernels: auto`
+    A product-quantized layer can run in two ways: with its weight decoded once, as the dense layer that it replaces, or
+    by tables of the products of its input with the codewords, in which the indices look up what to add. `kernels: auto`
     times both on the input that the layer gets in this network, in either layout, and keeps the faster one. The sums of
-    `tables: fp32` are those of the decoded weight but for rounding; int16 and int8 tables are faster and move the outputs:
-    `emit` is then a lossy pass, everything else that it does is proven before, and the distance is reported for each
-    layer and for the network.
+    `tables: fp32` are those of the decoded weight but for rounding; int16 and int8 tables are faster and move the
+    outputs: `emit` is then a lossy pass, everything else that it does is proven before, and the distance is reported
+    for each layer and for the network.
 
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.

@@ -104,8 +104,8 @@ def unpack(layout: Tensor) -> tuple[Header, Tensor]:
 
 
 def _six(header: Header, plus: Tensor) -> Tensor:
-    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # (out, block, 64, kh, kw)
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64)).unflatten(2, (3, GROUPS, 2))
+    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # (out, block, 64, kh, kw)  # type: ignore[no-untyped-call]
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64)).unflatten(2, (3, GROUPS, 2))  # type: ignore[no-untyped-call]
     weights = torch.tensor([[1 << (field + 3 * odd) for odd in range(2)] for field in range(3)])
     index = (codes * weights[:, None, :, None, None]).sum((2, 4)).to(torch.uint8)  # (out, block, group, kh, kw)
     index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, block, group, kh, kw)
@@ -118,7 +118,7 @@ def _from_six(header: Header, payload: Tensor) -> Tensor:
     blocks, outputs = header.blocks, -(-header.outputs // 64)
     sizes = [min(_at_once(header), GROUPS - begin) for begin in range(0, GROUPS, _at_once(header))]
     per_group = outputs * header.kh * header.kw * 64
-    pieces = payload.view(blocks, -1).split([size * per_group for size in sizes], 1)
+    pieces = payload.view(blocks, -1).split([size * per_group for size in sizes], 1)  # type: ignore[no-untyped-call]
     shaped = [
         piece.view(blocks, outputs, header.kh, size, header.kw, 32, 2).permute(0, 3, 1, 2, 4, 5, 6)
         for piece, size in zip(pieces, sizes, strict=True)
@@ -135,10 +135,12 @@ def _at_once(header: Header) -> int:
 
 
 def _planes(header: Header, plus: Tensor) -> Tensor:
-    grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # (group, out, channel, tap)
+    # (group, out, channel, tap)
+    grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # type: ignore[no-untyped-call]
     grouped = torch.nn.functional.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
-    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # (group, out / 8, 8, block, byte, bit, tap)
-    data = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)  # (group, out / 8, 8, block, byte, tap)
+    # (group, out / 8, 8, block, byte, bit, tap), and without the bits
+    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))
+    data: Tensor = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
     return data.permute(0, 1, 5, 3, 2, 4)
 
 
@@ -147,7 +149,8 @@ def _from_planes(header: Header, payload: Tensor) -> Tensor:
     data = payload.view(header.groups, -1, taps, header.blocks, 8, 8).permute(0, 1, 4, 3, 5, 2)
     bits = data[..., None, :] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
     grouped = bits.flatten(3, 5).flatten(1, 2)[:, : header.outputs // header.groups, : header.channels]
-    return grouped.flatten(0, 1).unflatten(2, (header.kh, header.kw)).bool()
+    plus: Tensor = grouped.flatten(0, 1).unflatten(2, (header.kh, header.kw)).bool()  # type: ignore[no-untyped-call]
+    return plus
 
 
 def _padded(plus: Tensor, unit: int) -> Tensor:

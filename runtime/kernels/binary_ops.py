@@ -21,7 +21,7 @@ from ...ir.errors import KernelError
 from . import binary_reference as reference
 from . import library
 
-_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")
+_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _GEOMETRY = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
 for _schema in (
@@ -31,7 +31,7 @@ for _schema in (
     " -> Tensor",
     "binary_linear_levels(Tensor x, Tensor layout, Tensor cuts, float[] thresholds, int out_features) -> Tensor",
 ):
-    _LIBRARY.define(_schema, tags=_TAGS)
+    _LIBRARY.define(_schema, tags=_TAGS)  # type: ignore[no-untyped-call]
 
 
 def _check(x: Tensor, thresholds: Sequence[float], outputs: int) -> None:
@@ -222,5 +222,5 @@ for _name, _impl, _fake in (
     ("binary_linear", _binary_linear, _fake_linear),
     ("binary_linear_levels", _binary_linear_levels, _fake_linear_levels),
 ):
-    _LIBRARY.impl(_name, _impl, "CPU")
+    _LIBRARY.impl(_name, _impl, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fxpress::{_name}", _fake, lib=_LIBRARY)

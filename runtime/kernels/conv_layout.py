@@ -28,16 +28,18 @@ def tap_bytes(header: Any, gang: int) -> int:
 
 def pack(header: Any, indices: Tensor, gang: int) -> Tensor:
     """Indices (taps, M, out) -> payload."""
-    blocked = indices.long().unflatten(2, (header.groups, -1))
+    blocked = indices.long().unflatten(2, (header.groups, -1))  # type: ignore[no-untyped-call]
     blocked = F.pad(blocked, (0, -blocked.shape[3] % BLOCK, 0, 0, 0, -header.subspaces % gang))
-    terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))  # tap, term, sub, group, block, channel
+    # tap, term, sub, group, block, channel
+    terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))
     sub = torch.arange(gang).view(-1, 1, 1, 1)
     fours = terms // 16 * 64 + terms // 4 % 4 * 16 + sub * 4 + terms % 4
     terms = fours if gang == 4 else terms + sub * 64
     terms = terms.permute(3, 4, 0, 1, 5, 2)  # group, block, tap, term, channel, sub
     if gang == 1:
         terms = terms.unflatten(4, (2, BLOCK // 2)).transpose(4, 5)  # the two halves of a block alternate
-    return terms.to(torch.uint8).flatten()
+    payload: Tensor = terms.to(torch.uint8).flatten()
+    return payload
 
 
 def unpack(header: Any, payload: Tensor, gang: int) -> Tensor:
@@ -45,9 +47,10 @@ def unpack(header: Any, payload: Tensor, gang: int) -> Tensor:
     blocks = -(-(header.outputs // header.groups) // BLOCK)
     terms = payload.long().reshape(header.groups, blocks, header.taps, -1, BLOCK, gang)
     if gang == 1:
-        terms = terms.unflatten(4, (BLOCK // 2, 2)).transpose(4, 5).flatten(4, 5)
+        terms = terms.unflatten(4, (BLOCK // 2, 2)).transpose(4, 5).flatten(4, 5)  # type: ignore[no-untyped-call]
     if gang == 4:
         terms = terms // 64 * 16 + terms // 16 % 4 * 4 + terms % 4
     blocked = terms.permute(2, 3, 5, 0, 1, 4).flatten(4, 5).flatten(1, 2)  # tap, m, group, channel
     kept = blocked[:, : header.subspaces, :, : header.outputs // header.groups] & (header.codewords - 1)
-    return kept.flatten(2).to(torch.uint8)
+    indices: Tensor = kept.flatten(2).to(torch.uint8)
+    return indices

@@ -185,7 +185,7 @@ class _Panels:
     def pack(self, header: Header, indices: Tensor) -> Tensor:
         per_step, bits = self.fields(header)
         padding = (0, -header.outputs % self.unit, 0, -header.subspaces % per_step)
-        fields = F.pad(indices, padding).long().unflatten(1, (-1, per_step))
+        fields = F.pad(indices, padding).long().unflatten(1, (-1, per_step))  # type: ignore[no-untyped-call]
         words = (fields << (torch.arange(per_step) * bits).view(-1, 1)).sum(2)
         rows = words.to(torch.int32).contiguous().view(torch.uint8).unflatten(-1, (-1, 4))[..., : self.word]
         panels = [panel.flatten(1) for panel in rows.split(PANEL, dim=2)]
@@ -194,7 +194,7 @@ class _Panels:
     def unpack(self, header: Header, payload: Tensor) -> Tensor:
         per_step, bits = self.fields(header)
         steps, padded = -(-header.subspaces // per_step), -(-header.outputs // self.unit) * self.unit
-        panels = payload.view(header.taps, -1).split(PANEL * steps * self.word, dim=1)
+        panels = payload.view(header.taps, -1).split(PANEL * steps * self.word, dim=1)  # type: ignore[no-untyped-call]
         rows = torch.cat([panel.reshape(header.taps, steps, -1, self.word) for panel in panels], dim=2).long()
         words = (rows << (torch.arange(self.word) * 8)).sum(-1)
         fields = words[:, :, None] >> (torch.arange(per_step) * bits).view(-1, 1)

@@ -15,13 +15,13 @@ from . import layout as layouts
 from . import library, reference
 
 _TABLES = ("fp32", "int16", "int8")
-_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")
+_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "pq_linear(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_features, str tables) -> Tensor",
     tags=_TAGS,
 )
-_LIBRARY.define(
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "pq_conv2d(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_channels, int[2] kernel_size, "
     "int[2] stride, int[2] padding, int[2] dilation, int groups, str tables) -> Tensor",
     tags=_TAGS,
@@ -183,7 +183,7 @@ def _empty_conv2d(
     return torch.empty(x.shape[0], outputs, *size, dtype=x.dtype, device=x.device, memory_format=_image_format(x))
 
 
-_LIBRARY.impl("pq_linear", _pq_linear, "CPU")
-_LIBRARY.impl("pq_conv2d", _pq_conv2d, "CPU")
+_LIBRARY.impl("pq_linear", _pq_linear, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("pq_conv2d", _pq_conv2d, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("fxpress::pq_linear", _fake_linear, lib=_LIBRARY)
 torch.library.register_fake("fxpress::pq_conv2d", _fake_conv2d, lib=_LIBRARY)

@@ -36,8 +36,8 @@ SMALLEST, LARGEST = 1e-30, 1e30
 def tables_of(x: Tensor, codebook: Tensor) -> Tensor:
     """(…, M d) and (M, K, d) -> the float32 tables L (…, M, K)."""
     subspaces, _, width = codebook.shape
-    parts = x.unflatten(-1, (subspaces, width))
-    total = parts[..., 0, None] * codebook[..., 0]
+    parts = x.unflatten(-1, (subspaces, width))  # type: ignore[no-untyped-call]
+    total: Tensor = parts[..., 0, None] * codebook[..., 0]
     for j in range(1, width):
         total = total + parts[..., j, None] * codebook[..., j]
     return total

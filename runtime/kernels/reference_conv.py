@@ -94,7 +94,7 @@ def quantize(pixels: Tensor, codebook: Tensor, tables: str) -> tuple[Tensor, Ten
     sample_top, code_top = tops(codebook.shape[2])
     samples, fs = round16(pixels, sample_top)
     codes, fd = round16(codebook, code_top)
-    parts = samples.double().unflatten(-1, (codebook.shape[0], -1))
+    parts = samples.double().unflatten(-1, (codebook.shape[0], -1))  # type: ignore[no-untyped-call]
     a = torch.einsum("ghwmj,mkj->ghwmk", parts, codes.double())
     scale = scale_of(int(a.abs().amax()) if a.numel() else 0, tables, fs * fd)
     if tables == "int8":

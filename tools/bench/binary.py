@@ -19,12 +19,9 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from .binary_layers import OURS, cases, measure_layer
 from .common import Row, header, read_rows, screen, write_rows
-from .pq import QUICK_ROUNDS, ROUNDS, Job, settings, wanted
+from .pq import QUICK_ROUNDS, ROUNDS, Job, run_jobs, settings, wanted
 from .pq_layers import LOADS
 from .pq_rows import INT8, merged, table
 
@@ -33,35 +30,34 @@ MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
 
 
 def main() -> None:
-    """Run the jobs asked for; print the table; write the rows after each job."""
+    """Run the parts asked for; print the table; write the rows after each part."""
     options = _arguments()
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    chosen = [job for job in jobs(quick=options.quick) if wanted(job, options.only)]
-    if not chosen:
-        names = ", ".join(repr(job.name) for job in jobs(quick=options.quick))
-        raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
-    rows = [header(options.seed), Row("header", "settings", settings(rounds))]
-    kept: list[Row] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="fxpress-") as folder,
-        Progress(console=Console(stderr=True), transient=True) as bar,
-    ):
-        for job in chosen:
-            task = bar.add_task(job.name, total=job.turns(rounds))
-            rows += job.run(Path(folder), rounds, partial(bar.advance, task))
-            kept = merged(read_rows(options.json) if options.json and options.json.exists() else [], rows)
-            kept = merged(kept, [*rows[:2], *mean_row(kept)])
-            if options.json:
-                write_rows(options.json, kept)
+    with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
+        every = list(jobs(Path(folder), rounds, quick=options.quick))
+        chosen = [job for job in every if wanted(job, options.only)]
+        if not chosen:
+            names = "; ".join(job.name for job in every)
+            raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
+        rows = run_jobs(chosen, [header(options.seed), Row("header", "settings", settings(rounds))], options.json)
+    kept = read_rows(options.json) if options.json else rows
+    if options.json:
+        write_rows(options.json, merged(kept, mean_row(kept)))
     screen().print(table([*rows, *mean_row(kept)], "Binary layers against other engines; ratios: times faster"))
 
 
-def jobs(*, quick: bool) -> Iterator[Job]:
-    """All parts in order; `quick`: two layers, batch 1, one thread."""
+def jobs(folder: Path, rounds: int, *, quick: bool) -> Iterator[Job]:
+    """All parts in order; `quick`: two layers, batch 1, one thread.
+
+    Args:
+        folder: keeps the files of the other engines from part to part.
+        rounds: of a warm measurement.
+        quick: whether the short form is wanted.
+    """
+    turns = rounds + -(-rounds // 2)
     for case in cases(quick=quick):
         for load in LOADS[:1] if quick else LOADS:
-            run = partial(measure_layer, case, load)
-            yield Job(f"{case.name}, {load}", run, lambda rounds: rounds + -(-rounds // 2))
+            yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds), turns)
 
 
 def mean_row(rows: Iterable[Row]) -> list[Row]:

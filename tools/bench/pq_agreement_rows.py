@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...passes.compile import Compiled
+from ...runtime.data import Batch
 from .common import Row
 
 
@@ -23,8 +24,8 @@ class Agreement:
 
 
 @torch.no_grad()
-def outputs(network: nn.Module, crops: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Outputs on all crops, (n, classes)."""
+def outputs(network: nn.Module, crops: Iterable[Batch]) -> Tensor:
+    """Outputs on all crops, (n, classes); targets are not looked at."""
     return torch.cat([network(images) for images, _ in crops])
 
 

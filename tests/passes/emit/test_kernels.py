@@ -1,4 +1,4 @@
-"""emit and product-quantized layers: table or dense by measurement, exact or lossy, and still a module like any other."""
+"""emit and product-quantized layers: table or dense by measurement, exact or lossy, still a module like any other."""
 
 from __future__ import annotations
 
