@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,16 +33,21 @@ def modules(repository: Path) -> dict[str, Path]:
     return found
 
 
-def imports(name: str, path: Path, *, top_level: bool) -> Iterator[str]:
-    """Full names that a module imports; with `top_level` only what runs when it is itself imported."""
+def imports(name: str, path: Path, *, top_level: bool, known: Container[str] = ()) -> Iterator[str]:
+    """Full names that a module imports; with `top_level` only what runs when it is itself imported.
+
+    `from . import a, b` with `known` modules a and b needs those two: the package round it has already begun.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in statements(tree) if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = absolute(name, path, node)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            if not (name.startswith(f"{base}.") and all(each in known for each in names)):
+                yield base
+            yield from names
 
 
 def statements(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -103,7 +108,7 @@ def test_no_import_goes_in_a_circle(repository: Path) -> None:
     """While modules are being imported; what a function imports when it is called may look back."""
     known = modules(repository)
     needs = {
-        name: {target for target in imports(name, path, top_level=True) if target in known and target != name}
+        name: {target for target in imports(name, path, top_level=True, known=known) if target in known} - {name}
         for name, path in known.items()
     }
     TopologicalSorter(needs).prepare()  # CycleError names the circle

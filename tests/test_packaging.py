@@ -79,7 +79,9 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 import fxpress
 assert fxpress.__file__.startswith(sys.argv[1]), fxpress.__file__
-names = [module.name for module in pkgutil.walk_packages(fxpress.__path__, "fxpress.")]
+found = [module.name for module in pkgutil.walk_packages(fxpress.__path__, "fxpress.")]
+# pkgutil takes the kernels for a module; they are loaded by ctypes
+names = [name for name in found if not name.endswith(".libfxpress_kernels")]
 for name in names:
     importlib.import_module(name)
 foreign = [n for n, m in sys.modules.items() if n.startswith("fxpress") and not m.__file__.startswith(sys.argv[1])]

@@ -43,7 +43,7 @@ class ProductQuantize(Pass):
     codewords: Words = 128
     """Codewords per sub-space of a convolution, K: a power of two up to 256."""
     linear: LinearSetting = LinearSetting()
-    """Sub-spaces and codewords of linear layers."""
+    """The same two of a linear layer."""
     last: LinearSetting | None = LinearSetting(subspace=1, codewords=16)
     """The same of the last linear layer, the classifier; null: as the others."""
     layers: dict[str, LayerSetting] = Field(default_factory=dict)

@@ -83,17 +83,13 @@ class PQConv2d(PQLayer):
         weight = super().decoded()
         return weight.reshape(*weight.shape[:2], *self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(N, in, H, W)` -> `(N, out, H', W')`, or both without N."""
-        path = self._path(x)
         x, padding = self._padded(x)
-        if path == "table":
-            return self._look_up(x, padding)
-        weight = self._prepare()[0] if path == "dense" else self.decoded()
         return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
-    def _look_up(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        codebook, layout = self._prepare()
+    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
+        x, padding = self._padded(x)
         y: Tensor = torch.ops.fxpress.pq_conv2d(
             x if x.dim() == 4 else x.unsqueeze(0), codebook, layout, self.bias, self.out_channels,
             self.kernel_size, self.stride, padding, self.dilation, self.groups, self.tables,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ...ir.errors import OptionError
 from .. import kernels
@@ -30,8 +31,8 @@ class PQLayer(nn.Module):
         codebook: what a file keeps of the codewords; the forward pass uses them with the same values.
         entropy: whether a file holds the indices entropy coded, where that is smaller.
         kernel: how the layer computes in evaluation mode: `decode` makes the weight anew for each call, `dense` once,
-            `table` looks products of inputs and codewords up in tables and makes no weight at all. In training mode,
-            and where the codewords need a gradient, the weight is decoded.
+            `table` looks products of inputs and codewords up in tables and makes no weight at all. In training mode
+            the weight is decoded; gradients in evaluation mode are those of the decoded weight.
         tables: numbers in these tables; fp32 is exact but for rounding.
 
     Raises:
@@ -140,18 +141,34 @@ class PQLayer(nn.Module):
         """The indices in the order in which the kernels read them."""
         raise NotImplementedError
 
-    def _path(self, x: Tensor) -> Kernel:
-        """How this call is computed."""
-        grad = torch.is_grad_enabled()
-        if self.training or self.kernel == "decode" or (grad and self.codebook.requires_grad):
-            return "decode"
-        if self.kernel == "table":
-            learns = grad and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
-            if learns or not x.dtype == self.codebook.dtype == torch.float32:
-                return "decode"
-        if torch.compiler.is_compiling() and (self._prepared is None or self._prepared.options != self._options()):
-            return "decode"
-        return self.kernel
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs to outputs; see the class for how it is computed."""
+        if self.training or self.kernel == "decode":
+            return self._weighted(x, self.decoded())
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
+        if torch.compiler.is_compiling():
+            ready = self._prepared is not None and self._prepared.options == self._options()
+            through = not learns or torch.compiler.is_exporting()
+            return self._evaluated(x) if ready and through else self._weighted(x, self.decoded())
+        if learns:
+            y: Tensor = _Evaluation.apply(self, x, *self.parameters())
+            return y
+        return self._evaluated(x)
+
+    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Outputs by a dense weight."""
+        raise NotImplementedError
+
+    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
+        """Outputs by tables; codebook and layout as the kernels want them."""
+        raise NotImplementedError
+
+    def _evaluated(self, x: Tensor) -> Tensor:
+        """Outputs without gradients, in the way that was chosen for evaluation."""
+        if self.kernel == "table" and x.dtype == self.codebook.dtype == torch.float32:
+            return self._looked_up(x, *self._prepare())
+        weight = self._prepare()[0] if self.kernel == "dense" else self.decoded()
+        return self._weighted(x, weight)
 
     def _options(self) -> tuple[str, ...]:
         return (self.kernel, self.tables, self.precision)
@@ -218,6 +235,32 @@ class PQLayer(nn.Module):
         shown = f"subspace={self.subspace}, codewords={self.codewords}, codebook={self.precision!r}"
         table = f", tables={self.tables!r}" if self.kernel == "table" else ""
         return f"{shown}{', entropy=True' if self.entropy else ''}, kernel={self.kernel!r}{table}"
+
+
+class _Evaluation(torch.autograd.Function):
+    """A layer in evaluation mode: values as without gradients, gradients those of the decoded weight.
+
+    The weight is decoded when gradients are asked for and not before: most who call a network outside of
+    `torch.inference_mode` never do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: PQLayer, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, *parameters)  # the parameters, so that torch notices a change before the backward pass
+        return layer._evaluated(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, layer = ctx.saved_tensors[0], ctx.layer
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = layer._weighted(x, layer.decoded())
+        sources = (x, *layer.parameters())
+        needed = [source for source, wanted in zip(sources, ctx.needs_input_grad[1:], strict=True) if wanted]
+        found = iter(torch.autograd.grad(y, needed, gradients))
+        return None, *(next(found) if wanted else None for wanted in ctx.needs_input_grad[1:])
 
 
 class _Prepared:

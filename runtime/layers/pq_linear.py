@@ -60,14 +60,11 @@ class PQLinear(PQLayer):
         """The dense weight `(out, in)`, differentiable in the codebook."""
         return super().decoded().squeeze(2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(.., in)` -> `(.., out)`."""
-        path = self._path(x)
-        if path == "decode":
-            return F.linear(x, self.decoded(), self.bias)
-        if path == "dense":
-            return F.linear(x, self._prepare()[0], self.bias)
-        codebook, layout = self._prepare()
+        return F.linear(x, weight, self.bias)
+
+    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
         y: Tensor = torch.ops.fxpress.pq_linear(x, codebook, layout, self.bias, self.out_features, self.tables)
         return y
 

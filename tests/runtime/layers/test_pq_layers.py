@@ -261,6 +261,48 @@ def test_what_inference_mode_prepares_serves_gradients() -> None:
         assert torch.allclose(made(x), F.linear(x, made.decoded(), made.bias), atol=1e-5)
 
 
+@pytest.mark.parametrize("tables", ["fp32", "int8"])
+@pytest.mark.parametrize("kernel", ["decode", "dense", "table"])
+def test_gradients_in_evaluation_are_those_of_the_decoded_weight(kernel: Any, tables: Any) -> None:
+    """The values are those without gradients: outside of inference mode nothing else is computed."""
+    model = Pair(kernel=kernel, tables=tables).eval()
+    twin = copy.deepcopy(model)
+    twin.conv.kernel = twin.head.kernel = "decode"
+    for layer, shape in ((model.conv, (2, 6, 7, 7)), (model.head, (3, 8))):
+        own: Any = twin.conv if layer is model.conv else twin.head
+        x, weight = torch.randn(shape, requires_grad=True), torch.randn(own(torch.zeros(shape)).shape)
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        assert torch.equal(y, expected)
+        sources, others = [x, *layer.parameters()], [x, *own.parameters()]
+        found = torch.autograd.grad((y * weight).sum(), sources)
+        wanted = torch.autograd.grad((own(x) * weight).sum(), others)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_gradients_in_evaluation_only_of_what_asks_for_them() -> None:
+    layer = PQLinear(8, 4, subspace=2, codewords=4, kernel="table").eval()
+    layer.codebook.requires_grad_(False)
+    layer(torch.randn(2, 8)).sum().backward()
+    assert layer.codebook.grad is None
+    assert torch.equal(layer.bias.grad, torch.full((4,), 2.0))
+    y = layer(torch.randn(2, 8))
+    with torch.no_grad():
+        layer.codebook.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_exports_what_runs_also_where_gradients_are_on() -> None:
+    layer, x = PQLinear(8, 4, subspace=2, codewords=4, kernel="table").eval(), torch.randn(2, 8)
+    layer.prepare()
+    exported = torch.export.export(layer, (x,))
+    assert "fxpress.pq_linear.default" in {str(node.target) for node in exported.graph.nodes}
+    assert torch.equal(exported.module()(x), layer(x))
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "codewords": (lambda: PQLinear(8, 4, subspace=2, codewords=12), "codewords is 12; allowed: 2, 4, 8"),
     "too many": (lambda: PQLinear(8, 4, subspace=2, codewords=512), "codewords is 512"),
