@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..ir.errors import ModelError
 from ..ir.graph import Graph
 from ..ir.trace import trace
 from ..ir.verify import distance, evaluating, run, tolerance
+from ..runtime.layers import PQLayer
 from .clone import clone_graph
 from .compiled import Compiled
 from .runner import check_finite
@@ -34,11 +36,23 @@ def open_model(model: Any, example_inputs: Any, *, verify: bool = True) -> tuple
         return _open_graph(model, example_inputs), None
     if example_inputs is None:
         raise ModelError("a model that is not traced yet needs example inputs", hint="Give a batch as it takes them.")
+    _warn_of_quantised_layers(model)
     graph = trace(model, example_inputs)
     graph.module.eval()
     check_finite(graph.module)
     gap = _gap(model, graph) if verify and isinstance(model, nn.Module) else None
     return graph, gap
+
+
+def _warn_of_quantised_layers(model: Any) -> None:
+    """Tracing looks inside of layers, and finds the decoded weights there."""
+    layers = [layer for layer in model.modules() if isinstance(layer, PQLayer)] if isinstance(model, nn.Module) else []
+    if layers:
+        text = (
+            f"the model holds {len(layers)} product-quantized layers, which tracing turns into layers with the decoded "
+            "weights. To keep them, give the Compiled or the Graph itself and not its module."
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _open_graph(graph: Graph, example_inputs: Any) -> Graph:

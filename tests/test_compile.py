@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fxpress.runtime.layers import PQLinear
 from torch import Tensor, nn
 
 from fxpress import (
@@ -492,3 +493,11 @@ def test_quiet_and_verbose(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split()[0] for line in err.strip().splitlines()] == ["trace", "fold-batchnorm"]
+
+
+def test_a_module_with_quantised_layers_is_not_what_was_compiled() -> None:
+    x = torch.randn(2, 8)
+    layer = PQLinear(8, 16, subspace=2, codewords=4).eval()
+    with pytest.warns(RuntimeWarning, match="1 product-quantized layers.*give the Compiled"):
+        compiled = compile(nn.Sequential(layer), [], x)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6)
