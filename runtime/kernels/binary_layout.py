@@ -104,8 +104,10 @@ def unpack(layout: Tensor) -> tuple[Header, Tensor]:
 
 
 def _six(header: Header, plus: Tensor) -> Tensor:
-    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # (out, block, 64, kh, kw)  # type: ignore[no-untyped-call]
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64)).unflatten(2, (3, GROUPS, 2))  # type: ignore[no-untyped-call]
+    # (out, block, 64, kh, kw)
+    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # type: ignore[no-untyped-call]
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64))
+    codes = codes.unflatten(2, (3, GROUPS, 2))  # type: ignore[no-untyped-call]
     weights = torch.tensor([[1 << (field + 3 * odd) for odd in range(2)] for field in range(3)])
     index = (codes * weights[:, None, :, None, None]).sum((2, 4)).to(torch.uint8)  # (out, block, group, kh, kw)
     index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, block, group, kh, kw)
@@ -139,7 +141,7 @@ def _planes(header: Header, plus: Tensor) -> Tensor:
     grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # type: ignore[no-untyped-call]
     grouped = torch.nn.functional.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
     # (group, out / 8, 8, block, byte, bit, tap), and without the bits
-    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))
+    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
     data: Tensor = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
     return data.permute(0, 1, 5, 3, 2, 4)
 

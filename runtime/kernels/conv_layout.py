@@ -31,7 +31,7 @@ def pack(header: Any, indices: Tensor, gang: int) -> Tensor:
     blocked = indices.long().unflatten(2, (header.groups, -1))  # type: ignore[no-untyped-call]
     blocked = F.pad(blocked, (0, -blocked.shape[3] % BLOCK, 0, 0, 0, -header.subspaces % gang))
     # tap, term, sub, group, block, channel
-    terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))
+    terms = blocked.unflatten(3, (-1, BLOCK)).unflatten(1, (-1, gang))  # type: ignore[no-untyped-call]
     sub = torch.arange(gang).view(-1, 1, 1, 1)
     fours = terms // 16 * 64 + terms // 4 % 4 * 16 + sub * 4 + terms % 4
     terms = fours if gang == 4 else terms + sub * 64

@@ -183,13 +183,17 @@ class _Panels:
         return steps * -(-header.outputs // self.unit) * self.unit * self.word
 
     def pack(self, header: Header, indices: Tensor) -> Tensor:
+        # panel by panel: the words of all outputs would take eight times the memory of the indices
+        return torch.cat([self._panel(header, panel) for panel in indices.split(PANEL, dim=2)], dim=1).flatten()
+
+    def _panel(self, header: Header, indices: Tensor) -> Tensor:
+        """Indices (taps, M, at most 256) -> bytes (taps, ...)."""
         per_step, bits = self.fields(header)
-        padding = (0, -header.outputs % self.unit, 0, -header.subspaces % per_step)
+        padding = (0, -indices.shape[2] % self.unit, 0, -header.subspaces % per_step)
         fields = F.pad(indices, padding).long().unflatten(1, (-1, per_step))  # type: ignore[no-untyped-call]
         words = (fields << (torch.arange(per_step) * bits).view(-1, 1)).sum(2)
-        rows = words.to(torch.int32).contiguous().view(torch.uint8).unflatten(-1, (-1, 4))[..., : self.word]
-        panels = [panel.flatten(1) for panel in rows.split(PANEL, dim=2)]
-        return torch.cat(panels, dim=1).flatten()
+        rows: Tensor = words.to(torch.int32).contiguous().view(torch.uint8).unflatten(-1, (-1, 4))[..., : self.word]
+        return rows.flatten(1)
 
     def unpack(self, header: Header, payload: Tensor) -> Tensor:
         per_step, bits = self.fields(header)
