@@ -22,8 +22,9 @@ def tap_bytes(header: Any, gang: int) -> int:
     if (gang == 4 and header.codewords > 32) or (gang == 2 and max(16, header.codewords) != 64):
         return -1
     blocks = -(-(header.outputs // header.groups) // BLOCK)
-    terms: int = -(-header.subspaces // gang)
-    return header.groups * blocks * terms * gang * BLOCK
+    terms = -(-header.subspaces // gang)
+    size: int = header.groups * blocks * terms * gang * BLOCK
+    return size
 
 
 def pack(header: Any, indices: Tensor, gang: int) -> Tensor:

@@ -184,7 +184,8 @@ class _Panels:
 
     def pack(self, header: Header, indices: Tensor) -> Tensor:
         # panel by panel: the words of all outputs would take eight times the memory of the indices
-        return torch.cat([self._panel(header, panel) for panel in indices.split(PANEL, dim=2)], dim=1).flatten()
+        panels = indices.split(PANEL, dim=2)  # type: ignore[no-untyped-call]
+        return torch.cat([self._panel(header, panel) for panel in panels], dim=1).flatten()
 
     def _panel(self, header: Header, indices: Tensor) -> Tensor:
         """Indices (taps, M, at most 256) -> bytes (taps, ...)."""
