@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python -m fxpress.tools.bench.graph_speed --quick
 	$(BIN)/python -m fxpress.tools.bench.pruned_latency --quick
 	$(BIN)/python -m fxpress.tools.bench.pq --quick
+	$(BIN)/python -m fxpress.tools.bench.binary --quick
 
 install: $(STAMP)
 

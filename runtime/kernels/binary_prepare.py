@@ -31,7 +31,10 @@ def prepare_binary_linear(plus: Tensor) -> Tensor:
 
 
 def _by_table(plus: Tensor, groups: int, stride: int) -> bool:
-    """Whether the table kernel can compute it and is the faster one (README: measured table)."""
+    """Whether the table kernel can compute it, and has channels and outputs enough to pay for its tables.
+
+    The bounds of 16 are an estimate: they have not been measured against bit counting shape by shape.
+    """
     if library.isas()[0] != "avx512" or plus.dim() != 4 or groups > 1 or stride > 2:
         return False
     outputs, channels, kh, kw = plus.shape

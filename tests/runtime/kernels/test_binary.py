@@ -199,7 +199,7 @@ def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> Non
 
 
 def test_operators_pass_the_checks_of_torch() -> None:
-    """Schema, fake kernels and dynamic shapes, as torch itself tests them."""
+    """Schema and fake kernels, as torch itself tests them."""
     layout, cuts = layouts.pack(layouts.PLANES, signs(6, 8, 3, 3)), torch.zeros(3, 6, dtype=torch.int32)
     geometry = (6, [3, 3], [2, 1], [1, 1], [1, 1], 1)
     x = torch.randn(2, 8, 5, 4)
