@@ -12,7 +12,6 @@ With `--json` the file's rows of other cases are kept, so that a run can be made
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from .binary_layers import OURS, cases, measure_layer
 from .common import Row, header, read_rows, screen, write_rows
-from .pq import QUICK_ROUNDS, ROUNDS, Job, run_jobs, settings, wanted
+from .parts import Job, choose, parsed, parser, run_jobs, settings
 from .pq_layers import LOADS
 from .pq_rows import INT8, merged, table
 
@@ -31,15 +30,11 @@ MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
 
 def main() -> None:
     """Run the parts asked for; print the table; write the rows after each part."""
-    options = _arguments()
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    options = parsed(parser(__doc__, "two layers, batch 1, one thread, few rounds", "'FC', 'conv*batch 8'"))
     with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
-        every = list(jobs(Path(folder), rounds, quick=options.quick))
-        chosen = [job for job in every if wanted(job, options.only)]
-        if not chosen:
-            names = "; ".join(job.name for job in every)
-            raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
-        rows = run_jobs(chosen, [header(options.seed), Row("header", "settings", settings(rounds))], options.json)
+        chosen = choose(jobs(Path(folder), options.rounds, quick=options.quick), options.only)
+        rows = [header(options.seed), Row("header", "settings", settings(options.rounds))]
+        rows = run_jobs(chosen, rows, options.json)
     kept = read_rows(options.json) if options.json else rows
     if options.json:
         write_rows(options.json, merged(kept, mean_row(kept)))
@@ -69,19 +64,6 @@ def mean_row(rows: Iterable[Row]) -> list[Row]:
         return []
     mean = math.prod(found) ** (1 / len(found))
     return [Row(MEAN_CASE, metric, mean, "", None, f"≥ {MEAN_GOAL:g}", mean >= MEAN_GOAL)]
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two layers, batch 1, one thread, few rounds")
-    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="parts by name, e.g. 'FC'")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of a warm measurement; a cold one takes half as many")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least 1")
-    return options
 
 
 if __name__ == "__main__":

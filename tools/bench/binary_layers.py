@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,18 +105,18 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
     """
     torch.manual_seed(load.batch)
     torch.set_num_threads(load.threads)
-    quantizer = HalfWaveQuantizer()
+    quantizer, layer = HalfWaveQuantizer(), copy.deepcopy(case.layer)  # the case is measured under other loads as well
     images = torch.randn(load.batch, *case.shape)
-    sign = torch.where(case.layer.weight >= 0, 1.0, -1.0)
-    alpha = case.layer.weight.detach().abs().flatten(1).mean(1)
+    sign = torch.where(layer.weight >= 0, 1.0, -1.0)
+    alpha = layer.weight.detach().abs().flatten(1).mean(1)
     with torch.no_grad():
-        case.layer.weight.copy_(sign * alpha.view(-1, *[1] * (sign.dim() - 1)))
+        layer.weight.copy_(sign * alpha.view(-1, *[1] * (sign.dim() - 1)))
     ours = torch_engine(OURS, "pq", Kernel(sign, alpha * quantizer.levels[0], quantizer), images)
-    files = prepare_peers(case.layer, quantizer(images), folder / f"{case.name}, batch {load.batch}")
+    files = prepare_peers(layer, quantizer(images), folder / f"{case.name}, batch {load.batch}")
     levels = quantizer(images)
-    peers = [torch_engine(TORCH, "float", case.layer, levels), *peer_engines(files, levels, load.threads)]
+    peers = [torch_engine(TORCH, "float", layer, levels), *peer_engines(files, levels, load.threads)]
     engines = [ours, *peers]
-    distances = _distances(engines, case.layer, levels)
+    distances = _distances(engines, layer, levels)
     rows = []
     for cache in CACHES:
         times = take_turns(engines, rounds if cache == "warm" else -(-rounds // 2), cache, advance)

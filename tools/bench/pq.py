@@ -17,69 +17,38 @@ so that a run can be made in parts by `--only`; `--work` keeps the files of all 
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
-from ...runtime import kernels
-from .common import Row, header, read_rows, screen, show, write_rows
+from .common import Row, header, screen, show
+from .parts import Job, choose, parsed, parser, run_jobs, settings
+from .parts import wanted as wanted
 from .pq_cases import cases
-from .pq_layers import CACHES, LOADS, measure_layer
+from .pq_layers import LOADS, measure_layer
 from .pq_networks import NETWORKS, STORAGES, measure_memory, measure_network, measure_nodes, measure_size
-from .pq_rows import MEASURES, merged, table
-from .pq_timing import Advance
+from .pq_rows import MEASURES, table
 
-ROUNDS, QUICK_ROUNDS = 21, 5
 TABLES = {
     "Times; ratios: times faster": MEASURES,
     "Peak memory of a process": ("peak MB", "of it before loading MB"),
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A part of the benchmark that `--only` can name."""
-
-    name: str
-    run: Callable[[Advance], list[Row]]
-    turns: int
-
-
 def main() -> None:
     """Run the parts asked for; print the tables; write the rows after each part."""
-    options = _arguments()
+    arguments = parser(__doc__, "two layers and AlexNet, batch 1, one thread, few rounds", "'FC 9216', 'alexnet, file'")
+    arguments.add_argument(
+        "--work", type=Path, metavar="DIR", help="keeps exported and quantised networks between runs"
+    )
+    options = parsed(arguments)
     with tempfile.TemporaryDirectory(prefix="fxpress-") as scratch:
         folder = options.work or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-        every = list(jobs(folder, rounds, options.seed, quick=options.quick))
-        chosen = [job for job in every if wanted(job, options.only)]
-        if not chosen:
-            names = "; ".join(job.name for job in every)
-            raise SystemExit(f"--only {' '.join(options.only)}: no such part; there are {names}")
-        rows = run_jobs(chosen, [header(options.seed), Row("header", "settings", settings(rounds))], options.json)
-    show_tables(rows)
-
-
-def run_jobs(chosen: Sequence[Job], rows: list[Row], file: Path | None) -> list[Row]:
-    """Rows of these parts behind the given ones; the file's rows of other cases stay."""
-    with _bar() as bar:
-        for job in chosen:
-            task = bar.add_task(job.name, total=job.turns)
-            rows += job.run(partial(bar.advance, task))
-            if file:
-                write_rows(file, merged(read_rows(file) if file.exists() else [], rows))
-    return rows
+        chosen = choose(jobs(folder, options.rounds, options.seed, quick=options.quick), options.only)
+        rows = [header(options.seed), Row("header", "settings", settings(options.rounds))]
+        show_tables(run_jobs(chosen, rows, options.json))
 
 
 def jobs(folder: Path, rounds: int, seed: int, *, quick: bool) -> Iterator[Job]:
@@ -107,22 +76,6 @@ def jobs(folder: Path, rounds: int, seed: int, *, quick: bool) -> Iterator[Job]:
             yield Job(f"{network.name}, nodes", partial(measure_nodes, network, folder, seed, rounds), 4 * (rounds + 2))
 
 
-def wanted(job: Job, globs: Sequence[str]) -> bool:
-    """Whether one of the globs matches the name or a part of it; all are wanted where there are none."""
-    return not globs or any(fnmatch.fnmatchcase(job.name, f"*{glob}*") for glob in globs)
-
-
-def settings(rounds: int) -> dict[str, Any]:
-    """What the numbers depend on besides the machine."""
-    prefixes = ("OMP_", "GOMP_", "KMP_", "MALLOC_")
-    return {
-        "kernels": kernels.isa() if kernels.available() else kernels.why_not(),
-        "rounds": rounds,
-        "caches": list(CACHES),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)},
-    }
-
-
 def show_tables(rows: Sequence[Row]) -> None:
     """Times, bytes and memory, each as a table where there are any."""
     console = screen()
@@ -133,28 +86,6 @@ def show_tables(rows: Sequence[Row]) -> None:
     rest = [row for row in rows if " | " not in row.metric and row.case != "header"]
     if rest:
         show(rest, "Files, and what emit chose", console)
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        yield bar
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two layers and AlexNet, batch 1, one thread, few rounds")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="GLOB", help="parts by name: 'FC 9216', 'alexnet, file'"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keeps exported and quantised networks between runs")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of a warm measurement; a cold one takes half as many")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least 1")
-    return options
 
 
 if __name__ == "__main__":
