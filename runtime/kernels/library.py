@@ -15,7 +15,7 @@ from ...ir.errors import KernelError
 
 # name -> number in csrc/common.h, the fastest first
 _NUMBERS = {"avx512": 2, "avx2": 1, "portable": 0}
-_ABI = 1
+_ABI = 2
 # another build of the library to load, for example one with a sanitizer
 _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None
@@ -24,7 +24,7 @@ _KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
 _SIGNATURES = {
     "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
     "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
-    "fxpress_binary_conv2d": "pi" + "llll" + "p" + "pl" + "pppp" + "i" + "lll" + "p" + "ii",
+    "fxpress_binary_layer": "p",
 }
 
 

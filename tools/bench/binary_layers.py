@@ -76,7 +76,7 @@ class Kernel(nn.Module):
         super().__init__()
         linear = weight.dim() == 2
         self.layout = (kernels.prepare_binary_linear if linear else kernels.prepare_binary_conv2d)(weight > 0)
-        self.scale, self.thresholds = scale, list(quantizer.thresholds)
+        self.scale, self.thresholds = scale, torch.tensor(quantizer.thresholds)
         self.sizes = list(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ int64_t payload_bytes(const BinaryLayout& layout) {
     return layout.groups * ceil_div(layout.outputs_per_group(), 8) * layout.taps() * layout.blocks() * 64;
 }
 
-int read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
+}  // namespace
+
+int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
     if (!data || bytes < BINARY_HEADER || memcmp(data, "FXPBIN01", 8) != 0)
         return fail(BAD_LAYOUT, "Not a layout of binary weights: %lld bytes without its mark", (long long)bytes);
     uint32_t* const numbers[] = {&layout->id, &layout->groups, &layout->outputs, &layout->channels, &layout->kh,
@@ -43,6 +45,8 @@ int read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
                 "%u channels, %u x %u taps",
                 (long long)bytes, layout->id, layout->groups, layout->outputs, layout->channels, layout->kh, layout->kw);
 }
+
+namespace {
 
 // Byte and bit of one weight of layout SIX.
 bool is_plus(const BinaryLayout& layout, int64_t output, int64_t tap, int64_t channel) {
@@ -115,7 +119,7 @@ void Counting::pack(int64_t pixel) const {
         uint64_t* to = words + pixel * pixel_words() + g * group_words();
         const int64_t at = pixel * call.channels + g * channels;
         if (!call.levels_in) {
-            kernels.planes(static_cast<const float*>(call.x) + at, channels, call.threshold, to);
+            kernels.planes(static_cast<const float*>(call.x) + at, channels, call.edges, g * channels, to);
             continue;
         }
         const uint8_t* levels = static_cast<const uint8_t*>(call.x) + at;
@@ -136,7 +140,7 @@ void Counting::pack_image(int64_t image) const {
     for (int64_t c = 0; c < call.channels; c++, x += pixels) {
         const int64_t within = c % channels, at = c / channels * group_words() + within / 64 * 2;
         for (int64_t p = 0; p < pixels; p++) {
-            const unsigned level = (x[p] > call.threshold[0]) + (x[p] > call.threshold[1]) + (x[p] > call.threshold[2]);
+            const unsigned level = level_of(call.edges, x[p], c);
             to[p * pixel_words() + at] |= uint64_t(level & 1) << within % 64;
             to[p * pixel_words() + at + 1] |= uint64_t(level >> 1) << within % 64;
         }
@@ -185,9 +189,9 @@ void Counting::compute(int64_t task) {
 
 void Counting::write(int64_t pixel, int64_t output, int64_t count, const int32_t* sums, int64_t total) const {
     const int64_t outputs = call.layout.outputs;
-    if (call.thresholds) {
+    if (call.cuts) {
         uint8_t* to = static_cast<uint8_t*>(call.y) + pixel * outputs + output;
-        const int32_t* at = call.thresholds + output;
+        const int32_t* at = call.cuts + output;
         for (int64_t o = 0; o < count; o++) {
             const int64_t sum = 2 * int64_t(sums[o]) - total;
             to[o] = uint8_t((sum >= at[o]) + (sum >= at[outputs + o]) + (sum >= at[2 * outputs + o]));
@@ -196,11 +200,16 @@ void Counting::write(int64_t pixel, int64_t output, int64_t count, const int32_t
     }
     const int64_t image = pixel / call.out_pixels(), place = pixel % call.out_pixels();
     const int64_t step = call.y_channels_last ? 1 : call.out_pixels();
-    float* to = static_cast<float*>(call.y) + image * outputs * call.out_pixels() +
-                (call.y_channels_last ? place * outputs + output : output * call.out_pixels() + place);
+    const int64_t from = image * outputs * call.out_pixels() +
+                         (call.y_channels_last ? place * outputs + output : output * call.out_pixels() + place);
     for (int64_t o = 0; o < count; o++) {
-        const float sum = float(2 * int64_t(sums[o]) - total), scaled = sum * call.scale[output + o];
-        to[o * step] = call.bias ? scaled + call.bias[output + o] : scaled;
+        float y = float(2 * int64_t(sums[o]) - total) * call.scale[output + o];
+        if (call.bias) y += call.bias[output + o];
+        if (call.residual) {
+            const float other = call.residual[from + o * step];
+            y += call.residual_relu && other < 0 ? 0 : other;
+        }
+        static_cast<float*>(call.y)[from + o * step] = call.relu && y < 0 ? 0 : y;
     }
 }
 
@@ -220,18 +229,13 @@ int count_bits(const BinaryCall& call, int isa) {
     return all.failed ? fail(NO_MEMORY, "No memory for the windows of a binary layer") : int(OK);
 }
 
-int check(const BinaryCall& call, int64_t outputs, int64_t kh, int64_t kw) {
-    const BinaryLayout& layout = call.layout;
-    if (layout.outputs != outputs || int64_t(layout.channels) * layout.groups != call.channels || layout.kh != kh ||
-        layout.kw != kw)
-        return fail(BAD_LAYOUT,
-                    "A layout of binary weights for %u outputs, %u x %u channels and %u x %u taps was given to a layer "
-                    "of %lld outputs, %lld channels and %lld x %lld taps",
-                    layout.outputs, layout.groups, layout.channels, layout.kh, layout.kw, (long long)outputs,
-                    (long long)call.channels, (long long)kh, (long long)kw);
+int check(const BinaryCall& call) {
+    if (int64_t(call.layout.channels) * call.layout.groups != call.channels)
+        return fail(BAD_LAYOUT, "A layout of binary weights for %u x %u channels was given to a layer of %lld channels",
+                    call.layout.groups, call.layout.channels, (long long)call.channels);
     const int64_t size[2] = {call.height, call.width}, out[2] = {call.out_height, call.out_width};
-    const int64_t kernel[2] = {kh, kw};
-    bool fits = call.batch >= 0 && call.threads >= 1 && (call.thresholds || call.scale);
+    const int64_t kernel[2] = {call.layout.kh, call.layout.kw};
+    bool fits = call.batch >= 0 && call.threads >= 1 && (call.cuts || call.scale);
     for (int i = 0; i < 2; i++) {
         fits = fits && size[i] >= 0 && size[i] < LIMIT && call.padding[i] >= 0 && call.padding[i] < LIMIT &&
                call.stride[i] >= 1 && call.dilation[i] >= 1 && call.dilation[i] < LIMIT && out[i] >= 1;
@@ -245,37 +249,94 @@ int check(const BinaryCall& call, int64_t outputs, int64_t kh, int64_t kw) {
                 (long long)size[0], (long long)size[1], (long long)out[0], (long long)out[1]);
 }
 
-}  // namespace
-}  // namespace fx
+// Thresholds of one channel (or of all) -> three ascending edges, infinite ones where there are fewer; whether the sign of
+// what is compared with them changes.
+int edges_of(const BinaryCall& call, int64_t channel, float* edges, int64_t step, bool* flip) {
+    const int64_t count = call.threshold_count, row = call.threshold_per_channel ? call.channels : 1;
+    const float* from = call.threshold + channel;
+    *flip = call.threshold_per_channel && from[0] > from[(count - 1) * row];
+    bool ascends = true;
+    for (int64_t i = 0; i < 3; i++) {
+        const float value = i < count ? from[i * row] : 0;
+        edges[i * step] = i >= count ? INFINITY : *flip ? -value : value;
+        ascends = ascends && (i ? edges[i * step] >= edges[(i - 1) * step] : edges[0] == edges[0]);
+    }
+    if (ascends) return OK;
+    return fail(BAD_ARGUMENT, "Thresholds of a binary layer must ascend (or descend, where each channel has its own), "
+                "those of channel %lld do not: they begin with %g", (long long)channel, double(from[0]));
+}
 
-// x: 0 float32 (N, C, H, W), 1 float32 channels-last, 2 levels in bytes, channels-last. `geometry`: kernel, stride,
-// padding, dilation, two numbers each. With `thresholds` (3, outputs) y is levels in channels-last bytes, else float32.
-FX_EXPORT int fxpress_binary_conv2d(const void* x, int kind, int64_t batch, int64_t channels, int64_t height,
-                                    int64_t width, const float* threshold, const uint8_t* layout, int64_t layout_bytes,
-                                    const float* scale, const float* bias, const int32_t* thresholds, void* y,
-                                    int y_channels_last, int64_t outputs, int64_t out_height, int64_t out_width,
-                                    const int64_t* geometry, int threads, int isa) {
-    using namespace fx;
-    BinaryCall call{};
-    const int status = read(layout, layout_bytes, &call.layout);
-    if (status) return status;
-    call.x = x, call.levels_in = kind == 2, call.channels_last = kind != 0;
-    for (int i = 0; i < 3; i++) call.threshold[i] = threshold[i];
-    call.batch = batch, call.channels = channels, call.height = height, call.width = width;
-    call.out_height = out_height, call.out_width = out_width;
-    for (int i = 0; i < 2; i++)
-        call.stride[i] = geometry[2 + i], call.padding[i] = geometry[4 + i], call.dilation[i] = geometry[6 + i];
-    call.scale = scale, call.bias = bias, call.thresholds = thresholds;
-    call.y = y, call.y_channels_last = y_channels_last != 0, call.threads = threads;
-    const int fits = check(call, outputs, geometry[0], geometry[1]);
-    if (fits || !batch) return fits;
+// Fills in call->edges.
+int make_edges(BinaryCall* call) {
+    if (call->levels_in) return OK;
+    if (!call->threshold || call->threshold_count < 1 || call->threshold_count > 3)
+        return fail(BAD_ARGUMENT, "A binary layer has 1 to 3 thresholds, not %lld", (long long)call->threshold_count);
+    const int64_t sets = call->threshold_per_channel ? call->channels : 1;
+    float* edges = static_cast<float*>(scratch(SLOT_EDGES, size_t(4 * sets) * sizeof(float)));
+    if (!edges) return fail(NO_MEMORY, "No memory for the thresholds of a binary layer");
+    for (int64_t c = 0; c < sets; c++) {
+        bool flip = false;
+        const int status = edges_of(*call, c, edges + c, sets, &flip);
+        if (status) return status;
+        edges[3 * sets + c] = flip ? -0.0f : 0.0f;
+    }
+    call->edges = {edges, call->threshold_per_channel ? edges + 3 * sets : nullptr,
+                   call->threshold_per_channel ? sets : 0};
+    return OK;
+}
+
+}  // namespace
+
+int binary_layer(const BinaryCall& given, int isa) {
+    BinaryCall call = given;
+    int status = check(call);
+    if (!status) status = make_edges(&call);
+    if (status || !call.batch) return status;
 #if defined(FX_HAVE_AVX512)
     if (isa >= AVX512 && can_run(AVX512) && call.layout.id == SIX && call.stride[1] <= 2)
         return binary_table_avx512(call);
 #endif
-    if (call.layout.id == SIX) {
-        const int unpacked = unpack(&call.layout);
-        if (unpacked) return unpacked;
-    }
-    return count_bits(call, isa);
+    if (call.layout.id == SIX) status = unpack(&call.layout);
+    return status ? status : count_bits(call, isa);
+}
+
+}  // namespace fx
+
+// One call of a layer; mirrored field by field in binary_call.py.
+struct FxpressBinaryLayer {
+    const void* x;
+    const float* threshold;
+    const uint8_t* layout;
+    const float *scale, *bias, *residual;
+    const int32_t* cuts;  // of these and `scale` one is null
+    void* y;
+    int64_t layout_bytes;
+    int64_t batch, channels, height, width;
+    int64_t outputs, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+    int32_t kind;  // of x: 0 float32 (N, C, H, W), 1 float32 channels-last, 2 levels in bytes, channels-last
+    int32_t threshold_count, threshold_per_channel, residual_relu, relu, y_channels_last, threads, isa;
+};
+
+FX_EXPORT int fxpress_binary_layer(const FxpressBinaryLayer* layer) {
+    using namespace fx;
+    const FxpressBinaryLayer& of = *layer;
+    BinaryCall call{};
+    const int status = binary_read(of.layout, of.layout_bytes, &call.layout);
+    if (status) return status;
+    if (call.layout.outputs != of.outputs || call.layout.kh != of.kernel[0] || call.layout.kw != of.kernel[1])
+        return fail(BAD_LAYOUT, "A layout of binary weights for %u outputs and %u x %u taps was given to a layer of %lld "
+                    "outputs and %lld x %lld taps", call.layout.outputs, call.layout.kh, call.layout.kw,
+                    (long long)of.outputs, (long long)of.kernel[0], (long long)of.kernel[1]);
+    call.x = of.x, call.levels_in = of.kind == 2, call.channels_last = of.kind != 0;
+    call.threshold = of.threshold, call.threshold_count = of.threshold_count;
+    call.threshold_per_channel = of.threshold_per_channel != 0;
+    call.batch = of.batch, call.channels = of.channels, call.height = of.height, call.width = of.width;
+    call.out_height = of.out_height, call.out_width = of.out_width;
+    for (int i = 0; i < 2; i++)
+        call.stride[i] = of.stride[i], call.padding[i] = of.padding[i], call.dilation[i] = of.dilation[i];
+    call.scale = of.scale, call.bias = of.bias, call.residual = of.residual, call.cuts = of.cuts;
+    call.residual_relu = of.residual_relu != 0, call.relu = of.relu != 0;
+    call.y = of.y, call.y_channels_last = of.y_channels_last != 0, call.threads = of.threads;
+    return binary_layer(call, of.isa);
 }

@@ -4,6 +4,8 @@
 // bits, so that one code serves 1 and 2 bits; zero padding is level 0 and adds nothing to either.
 #pragma once
 
+#include <cmath>
+
 #include "common.h"
 
 namespace fx {
@@ -31,24 +33,55 @@ struct BinaryLayout {
     int64_t terms() const { return taps() * channels; }
 };
 
-// Activations and what the sums become.
+// How levels are found, as the kernels read it: the level of x in channel c is how many of the three `edges[i][c]`
+// x exceeds, infinite ones never. With `flip` the sign of x is changed first where flip[c] is -0.0f. NaN is level 0.
+struct BinaryEdges {
+    const float *edges, *flip;  // flip is null where one set of three edges serves all channels
+    int64_t step;               // channels, or 0 where one set serves them all
+
+};
+
+static inline unsigned level_of(const BinaryEdges& at, float x, int64_t channel) {
+    const float* edge = at.edges + (at.step ? channel : 0);
+    const int64_t step = at.step ? at.step : 1;
+    if (at.flip && std::signbit(at.flip[channel])) x = -x;
+    return (x > edge[0]) + (x > edge[step]) + (x > edge[2 * step]);
+}
+
+// Activations and what the sums become. A caller leaves `edges` empty: binary_layer makes them of the thresholds.
 struct BinaryCall {
     BinaryLayout layout;
     const void* x;       // float32 or, if `levels_in`, bytes 0..3 (the two low bits count)
     bool levels_in, channels_last;  // levels are always channels-last
-    float threshold[3];  // a level is how many of these x exceeds (infinite for those that 1 bit has not)
+    // 1 to 3 ascending numbers, or as many rows of `channels` each; unused with levels_in. A channel whose thresholds
+    // descend (a batch norm with a negative scale is folded into them) counts those that x stays below; a single
+    // threshold descends if it is followed by a row of -infinity.
+    const float* threshold;
+    int64_t threshold_count;
+    bool threshold_per_channel;
     int64_t batch, channels, height, width;  // channels of all groups
     int64_t out_height, out_width, stride[2], padding[2], dilation[2];
-    // float32: y = scale[o] sum + bias[o]; levels: how many of thresholds[3][o] the sum reaches, channels-last bytes
-    const float *scale, *bias;
-    const int32_t* thresholds;
+    // float32: y = relu?(scale[o] sum + bias[o] + relu?(residual)), rounded after each operation; bias and residual may
+    // be null; the residual lies as y does. With `cuts` (3, outputs) instead levels, channels-last bytes: how many of
+    // the three the sum reaches.
+    const float *scale, *bias, *residual;
+    bool residual_relu, relu;
+    const int32_t* cuts;
     void* y;
     bool y_channels_last;
     int threads;
+    BinaryEdges edges;
 
     int64_t pixels() const { return height * width; }
     int64_t out_pixels() const { return out_height * out_width; }
 };
+
+// Header of a prepared layout; OK or BAD_LAYOUT. `layout` points into `data`.
+int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout);
+
+// One layer: everything is checked, then the best kernel of at most this instruction set runs. OK or why not. Uses this
+// thread's scratch, and those of the pool's threads, but not SLOT_NETWORK.
+int binary_layer(const BinaryCall& call, int isa);
 
 // OK or NO_MEMORY.
 using BinaryRun = int(const BinaryCall& call);
@@ -58,8 +91,8 @@ extern BinaryRun* const binary_table_avx512;
 
 // Functions of the popcount kernel for one instruction set.
 struct BinaryPopcount {
-    // `count` float32 -> words of plane 0 and plane 1 in turn, ceil(count / 64) pairs
-    void (*planes)(const float* x, int64_t count, const float* threshold, uint64_t* words);
+    // `count` float32, the channels from `channel` on -> words of plane 0 and plane 1 in turn, ceil(count / 64) pairs
+    void (*planes)(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words);
     // sums[row][o] = levels that meet +1, o < 8 * blocks; rows of `words` pairs, `row_words` apart; weights PLANES
     void (*dot)(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks,
                 int32_t* sums);

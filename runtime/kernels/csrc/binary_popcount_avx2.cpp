@@ -8,15 +8,26 @@ namespace {
 
 constexpr int64_t STEPS = 10;  // a step adds at most 24 to a byte
 
-void planes(const float* x, int64_t count, const float* threshold, uint64_t* words) {
-    const __m256 t[3] = {_mm256_set1_ps(threshold[0]), _mm256_set1_ps(threshold[1]), _mm256_set1_ps(threshold[2])};
+// The first `count` of eight floats, zeros behind them.
+FX_INLINE __m256 some(const float* from, int64_t count) {
+    alignas(32) float part[8] = {};
+    for (int64_t i = 0; i < count; i++) part[i] = from[i];
+    return _mm256_load_ps(part);
+}
+
+void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words) {
+    __m256 t[3], flip = _mm256_setzero_ps();
+    for (int j = 0; j < 3; j++) t[j] = _mm256_set1_ps(edges.edges[edges.step ? 0 : j]);
     for (int64_t begin = 0; begin < count; begin += 64) {
         uint64_t low = 0, high = 0;
         for (int64_t i = 0; i < least(64, count - begin); i += 8) {
-            alignas(32) float part[8] = {};
-            const int64_t rest = least(8, count - begin - i);
-            for (int64_t j = 0; j < rest; j++) part[j] = x[begin + i + j];
-            const __m256 value = _mm256_load_ps(part);
+            const int64_t rest = least(8, count - begin - i), at = channel + begin + i;
+            __m256 value = rest == 8 ? _mm256_loadu_ps(x + begin + i) : some(x + begin + i, rest);
+            if (edges.step) {
+                for (int j = 0; j < 3; j++) t[j] = some(edges.edges + j * edges.step + at, rest);
+                flip = some(edges.flip + at, rest);
+            }
+            value = _mm256_xor_ps(value, flip);
             uint64_t found[3];
             for (int j = 0; j < 3; j++)
                 found[j] = uint64_t(_mm256_movemask_ps(_mm256_cmp_ps(value, t[j], _CMP_GT_OQ))) &

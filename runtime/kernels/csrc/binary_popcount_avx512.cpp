@@ -6,15 +6,28 @@
 namespace fx {
 namespace {
 
-void planes(const float* x, int64_t count, const float* threshold, uint64_t* words) {
-    const __m512 t[3] = {_mm512_set1_ps(threshold[0]), _mm512_set1_ps(threshold[1]), _mm512_set1_ps(threshold[2])};
+// Edges of 16 channels.
+struct Edges {
+    __m512 edge[3], flip;
+
+    Edges(const BinaryEdges& from, int64_t channel, __mmask16 mask) : flip(_mm512_setzero_ps()) {
+        for (int i = 0; i < 3; i++)
+            edge[i] = from.step ? _mm512_maskz_loadu_ps(mask, from.edges + i * from.step + channel)
+                                : _mm512_set1_ps(from.edges[i]);
+        if (from.step) flip = _mm512_maskz_loadu_ps(mask, from.flip + channel);
+    }
+};
+
+void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words) {
+    Edges at(edges, channel, 0);
     for (int64_t begin = 0; begin < count; begin += 64) {
         uint64_t low = 0, high = 0;
         for (int64_t i = 0; i < least(64, count - begin); i += 16) {
             const __mmask16 mask = __mmask16((1u << least(16, count - begin - i)) - 1);
-            const __m512 value = _mm512_maskz_loadu_ps(mask, x + begin + i);
+            if (edges.step) at = Edges(edges, channel + begin + i, mask);
+            const __m512 value = _mm512_xor_ps(_mm512_maskz_loadu_ps(mask, x + begin + i), at.flip);
             uint64_t found[3];
-            for (int j = 0; j < 3; j++) found[j] = _mm512_mask_cmp_ps_mask(mask, value, t[j], _CMP_GT_OQ);
+            for (int j = 0; j < 3; j++) found[j] = _mm512_mask_cmp_ps_mask(mask, value, at.edge[j], _CMP_GT_OQ);
             low |= (found[0] ^ found[1] ^ found[2]) << i;
             high |= found[1] << i;
         }

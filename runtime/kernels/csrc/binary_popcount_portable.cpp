@@ -14,12 +14,11 @@ int64_t ones(uint64_t word) {
 #endif
 }
 
-void planes(const float* x, int64_t count, const float* threshold, uint64_t* words) {
+void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words) {
     for (int64_t begin = 0; begin < count; begin += 64) {
         uint64_t low = 0, high = 0;
         for (int64_t i = 0; i < least(64, count - begin); i++) {
-            const float value = x[begin + i];
-            const unsigned level = (value > threshold[0]) + (value > threshold[1]) + (value > threshold[2]);
+            const unsigned level = level_of(edges, x[begin + i], channel + begin + i);
             low |= uint64_t(level & 1) << i;
             high |= uint64_t(level >> 1) << i;
         }

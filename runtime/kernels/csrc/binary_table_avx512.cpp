@@ -53,13 +53,23 @@ struct Job {
 // -- activations to codes ---------------------------------------------------------------------------------------------
 
 struct Thresholds {
-    __m512 t[3];
+    __m512 t[3], flip;
     __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), three = _mm512_set1_epi32(3);
-    explicit Thresholds(const float* values) {
-        for (int i = 0; i < 3; i++) t[i] = _mm512_set1_ps(values[i]);
+    // of one channel, in all lanes
+    Thresholds(const BinaryEdges& from, int64_t channel) : flip(_mm512_setzero_ps()) {
+        for (int i = 0; i < 3; i++) t[i] = _mm512_set1_ps(from.edges[from.step ? i * from.step + channel : i]);
+        if (from.step) flip = _mm512_set1_ps(from.flip[channel]);
+    }
+    // of 16 channels, those of the mask
+    Thresholds(const BinaryEdges& from, int64_t channel, __mmask16 mask) : flip(_mm512_setzero_ps()) {
+        for (int i = 0; i < 3; i++)
+            t[i] = from.step ? _mm512_maskz_loadu_ps(mask, from.edges + i * from.step + channel)
+                             : _mm512_set1_ps(from.edges[i]);
+        if (from.step) flip = _mm512_maskz_loadu_ps(mask, from.flip + channel);
     }
     // levels as 32-bit lanes
     FX_INLINE __m512i level(__m512 x) const {
+        x = _mm512_xor_ps(x, flip);
         __m512i found = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, t[0], _CMP_GT_OQ), one);
         found = _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, t[1], _CMP_GT_OQ), two);
         return _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, t[2], _CMP_GT_OQ), three);
@@ -68,17 +78,19 @@ struct Thresholds {
 
 // `count` pixels of one plane of codes from FIELDS channels
 template <int FIELDS>
-void codes_planar(const float* x, int64_t step, int64_t count, const Thresholds& thresholds, uint8_t* codes) {
-    const Thresholds at = thresholds;
+void codes_planar(const float* x, int64_t step, int64_t count, const BinaryEdges& edges, int64_t channel,
+                  uint8_t* codes) {
+    const Thresholds at(edges, channel), second(edges, channel + (FIELDS > 1 ? CODES : 0)),
+        third(edges, channel + (FIELDS > 2 ? 2 * CODES : 0));
     for (int64_t p = 0; p < count; p += 16) {
         const __mmask16 mask = count - p >= 16 ? 0xffff : __mmask16((1 << (count - p)) - 1);
         __m512i code = at.level(_mm512_maskz_loadu_ps(mask, x + p));
         if (FIELDS > 1)
             code = _mm512_or_si512(
-                code, _mm512_slli_epi32(at.level(_mm512_maskz_loadu_ps(mask, x + CODES * step + p)), 2));
+                code, _mm512_slli_epi32(second.level(_mm512_maskz_loadu_ps(mask, x + CODES * step + p)), 2));
         if (FIELDS > 2)
             code = _mm512_or_si512(
-                code, _mm512_slli_epi32(at.level(_mm512_maskz_loadu_ps(mask, x + 2 * CODES * step + p)), 4));
+                code, _mm512_slli_epi32(third.level(_mm512_maskz_loadu_ps(mask, x + 2 * CODES * step + p)), 4));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + p), _mm512_cvtepi32_epi8(code));
     }
 }
@@ -89,7 +101,6 @@ void quantise_planar(const Job& job, int64_t image, int64_t block, int64_t begin
     const float* x = static_cast<const float*>(call.x) + ((job.first + image) * call.channels + 64 * block) * pixels;
     uint8_t* codes = job.codes_of(image, block);
     int16_t* totals = job.totals_of(image, block);
-    const Thresholds thresholds(call.threshold);
     const __m512i total = _mm512_load_si512(three().total);
     // long runs, because every channel is a stream of its own for the memory
     for (int64_t p = begin; p < end; p += RUN)
@@ -97,9 +108,9 @@ void quantise_planar(const Job& job, int64_t image, int64_t block, int64_t begin
             const int64_t count = least(RUN, least(end, pixels) - p), fields = ceil_div(channels - t, CODES);
             uint8_t* to = codes + t * job.plane + p;
             const float* from = x + t * pixels + p;
-            if (fields >= 3) codes_planar<3>(from, pixels, count, thresholds, to);
-            else if (fields == 2) codes_planar<2>(from, pixels, count, thresholds, to);
-            else if (fields == 1) codes_planar<1>(from, pixels, count, thresholds, to);
+            if (fields >= 3) codes_planar<3>(from, pixels, count, call.edges, 64 * block + t, to);
+            else if (fields == 2) codes_planar<2>(from, pixels, count, call.edges, 64 * block + t, to);
+            else if (fields == 1) codes_planar<1>(from, pixels, count, call.edges, 64 * block + t, to);
             else for (int64_t i = 0; i < count; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), __m128i());
         }
     for (int64_t p = begin; p < end; p += 64) {
@@ -134,7 +145,6 @@ void quantise_pixels(const Job& job, int64_t image, int64_t block, int64_t begin
     const int64_t count = least(64, call.channels - 64 * block);
     uint8_t* codes = job.codes_of(image, block);
     int16_t* totals = job.totals_of(image, block);
-    const Thresholds thresholds(call.threshold);
     const __mmask64 mask = count == 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
     for (int64_t p = begin; p < least(end, call.pixels()); p++) {
         const int64_t at = ((job.first + image) * call.pixels() + p) * call.channels + 64 * block;
@@ -143,9 +153,12 @@ void quantise_pixels(const Job& job, int64_t image, int64_t block, int64_t begin
             levels = _mm512_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(call.x) + at);
         } else {
             __m128i part[4];
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < 4; i++) {
+                const __mmask16 some = __mmask16(mask >> 16 * i);
+                const Thresholds thresholds(call.edges, 64 * block + 16 * i, some);
                 part[i] = _mm512_cvtepi32_epi8(thresholds.level(
-                    _mm512_maskz_loadu_ps(__mmask16(mask >> 16 * i), static_cast<const float*>(call.x) + at + 16 * i)));
+                    _mm512_maskz_loadu_ps(some, static_cast<const float*>(call.x) + at + 16 * i)));
+            }
             levels = _mm512_inserti64x4(
                 _mm512_castsi256_si512(_mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1)),
                 _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1), 1);
@@ -403,6 +416,16 @@ struct Scales {
     }
 };
 
+// What comes after scale and bias; the place `at` of y is that of the residual. NaN stays NaN.
+FX_INLINE __m512 ended(const BinaryCall& call, __m512 y, const float* at, __mmask16 mask) {
+    const __m512 zero = _mm512_setzero_ps();
+    if (call.residual) {
+        const __m512 residual = _mm512_maskz_loadu_ps(mask, call.residual + (at - static_cast<const float*>(call.y)));
+        y = _mm512_add_ps(y, call.residual_relu ? _mm512_max_ps(zero, residual) : residual);
+    }
+    return call.relu ? _mm512_max_ps(zero, y) : y;
+}
+
 FX_INLINE void transpose(__m512* v) {
     __m512 t[16];
     FX_UNROLL
@@ -450,12 +473,15 @@ void write_channels(const Part& part, int64_t block, int64_t y) {
             }
             transpose(v);
             const __mmask16 mask = __mmask16((1u << pixels) - 1);
-            float* at = to + o * call.out_pixels() + x;
+            const int64_t step = call.out_pixels();
+            float* at = to + o * step + x;
             if (rows == 16) {
                 FX_UNROLL
-                for (int i = 0; i < 16; i++) _mm512_mask_storeu_ps(at + i * call.out_pixels(), mask, v[i]);
+                for (int i = 0; i < 16; i++)
+                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
             } else {
-                for (int64_t i = 0; i < rows; i++) _mm512_mask_storeu_ps(at + i * call.out_pixels(), mask, v[i]);
+                for (int64_t i = 0; i < rows; i++)
+                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
             }
         }
     }
@@ -470,7 +496,8 @@ void write_pixels(const Part& part, int64_t block, int64_t y) {
         const uint16_t* from = part.sums_of(block, y) + o % 64;
         float* to = static_cast<float*>(call.y) + pixel * outputs + o;
         for (int64_t x = 0; x < call.out_width; x++)
-            _mm512_mask_storeu_ps(to + x * outputs, scales.mask, scales(from + 64 * x));
+            _mm512_mask_storeu_ps(to + x * outputs, scales.mask,
+                                  ended(call, scales(from + 64 * x), to + x * outputs, scales.mask));
     }
 }
 
@@ -492,7 +519,7 @@ void write_levels(const Part& part, int64_t block, int64_t y) {
         if (count <= 0) continue;
         const __mmask32 mask = count == 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
         __m512i at[3];
-        for (int i = 0; i < 3; i++) at[i] = threshold_words(call.thresholds + i * outputs + o, count);
+        for (int i = 0; i < 3; i++) at[i] = threshold_words(call.cuts + i * outputs + o, count);
         const uint16_t* from = part.sums_of(block, y) + 32 * half;
         uint8_t* to = static_cast<uint8_t*>(call.y) + pixel * outputs + o;
         for (int64_t x = 0; x < call.out_width; x++) {
@@ -511,7 +538,7 @@ void Part::finish(int64_t line) const {
     for (int64_t o = first; o < last; o++) {
         uint16_t* at = sums_of(o, line);
         for (int64_t x = 0; x < call.out_width; x++) settle(at + 64 * x, windows[x]);
-        if (call.thresholds) write_levels(*this, o, line);
+        if (call.cuts) write_levels(*this, o, line);
         else if (call.y_channels_last) write_pixels(*this, o, line);
         else write_channels(*this, o, line);
     }

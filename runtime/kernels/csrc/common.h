@@ -39,7 +39,8 @@ int fail(int status, const char* format, ...);
 // A slot is overwritten by the next call that asks for the same slot on the same thread.
 enum Slot : int {
     SLOT_TABLES = 0, SLOT_PACKED = 1, SLOT_ROWS = 2,
-    SLOT_CONV_CALL = 3, SLOT_CONV_INDEX = 4, SLOT_CONV_IMAGE = 5, SLOT_CONV_ROWS = 6, SLOT_CONV_EXACT = 7, SLOTS = 8
+    SLOT_CONV_CALL = 3, SLOT_CONV_INDEX = 4, SLOT_CONV_IMAGE = 5, SLOT_CONV_ROWS = 6, SLOT_CONV_EXACT = 7,
+    SLOT_EDGES = 8, SLOT_NETWORK = 9, SLOTS = 10
 };
 void* scratch(int slot, size_t bytes);
 

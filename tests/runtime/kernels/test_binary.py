@@ -15,14 +15,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 STEP = 0.538
-THRESHOLDS = [0.0, 1.5 * STEP, 2.5 * STEP]
+THRESHOLDS = torch.tensor([0.0, 1.5 * STEP, 2.5 * STEP])
 ops = torch.ops.fxpress
 
 
-def quantized(x: Tensor, thresholds: list[float] = THRESHOLDS) -> Tensor:
+def quantized(x: Tensor, thresholds: Tensor = THRESHOLDS, dim: int = 1) -> Tensor:
     """Levels in double precision, by sorting rather than by comparing: an implementation of its own."""
-    edges = torch.tensor(thresholds, dtype=torch.float32)
-    return torch.bucketize(x, edges, right=False).double()
+    if thresholds.dim() == 1:
+        return torch.bucketize(x, thresholds, right=False).double()
+    descends = thresholds[0] > thresholds[-1]
+    planes = [
+        torch.bucketize((-plane if flip else plane).contiguous(), (-edges if flip else edges).contiguous())
+        for plane, edges, flip in zip(x.unbind(dim), thresholds.unbind(1), descends, strict=True)
+    ]
+    return torch.stack(planes, dim).double()
+
+
+def folded(channels: int) -> Tensor:
+    """Thresholds (3, channels) such as a batch norm leaves behind: some of its scales are negative."""
+    factor = torch.randn(channels).clamp(-3, 3)
+    return (THRESHOLDS[:, None] - torch.randn(channels)) / torch.where(factor.abs() < 0.1, 0.1, factor)
 
 
 def signs(*shape: int) -> Tensor:
@@ -48,9 +60,27 @@ def convolutions(draw: Any) -> dict[str, Any]:
         "layout": draw(st.sampled_from([layouts.SIX, layouts.PLANES])),
         "last": draw(st.booleans()),
         "input": draw(st.sampled_from(["float", "levels"])),
+        "folded": draw(st.booleans()),
+        "residual": draw(st.sampled_from([None, "contiguous", "last"])),
+        "relus": (draw(st.booleans()), draw(st.booleans())),
         "threads": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 2**20)),
     }
+
+
+def end_of(case: dict[str, Any], shape: torch.Size) -> tuple[Tensor | None, bool, bool]:
+    """Residual of that shape, and which rectifiers there are."""
+    if case["residual"] is None:
+        return None, False, case["relus"][1]
+    residual = torch.randn(shape)
+    form = torch.channels_last if case["residual"] == "last" and residual.dim() == 4 else torch.contiguous_format
+    return residual.contiguous(memory_format=form), *case["relus"]
+
+
+def finished(y: Tensor, residual: Tensor | None, residual_relu: bool, relu: bool) -> Tensor:
+    if residual is not None:
+        y = y + (residual.clamp(min=0) if residual_relu else residual)
+    return y.clamp(min=0) if relu else y
 
 
 @pytest.mark.parametrize("isa", kernels.isas())
@@ -62,22 +92,25 @@ def test_convolution_equals_float64(isa: str, case: dict[str, Any]) -> None:
     x = torch.randn(case["batch"], case["channels"], *case["size"])
     plus = signs(case["outputs"], case["channels"] // groups, *kernel)
     scale, bias = torch.randn(case["outputs"]), torch.randn(case["outputs"])
-    given_x = x.contiguous(memory_format=torch.channels_last) if case["last"] else x
+    thresholds = folded(case["channels"]) if case["folded"] else THRESHOLDS
+    given_x, given_thresholds = x.contiguous(memory_format=torch.channels_last) if case["last"] else x, thresholds
     if case["input"] == "levels":
-        given_x = quantized(x).to(torch.uint8)
+        given_x, given_thresholds = quantized(x, thresholds).to(torch.uint8), None
     layout = layouts.pack(layouts.PLANES if groups > 1 else case["layout"], plus, groups)
-    sums = F.conv2d(quantized(x), plus.double() * 2 - 1, None, stride, padding, dilation, groups)
+    sums = F.conv2d(quantized(x, thresholds), plus.double() * 2 - 1, None, stride, padding, dilation, groups)
+    expected = sums.float() * scale[:, None, None] + bias[:, None, None]
+    ended = end_of(case, expected.shape)
     rest = (case["outputs"], kernel, stride, padding, dilation, groups)
     cuts = torch.randint(-40, 40, (3, case["outputs"]), dtype=torch.int32).sort(0).values
     threads = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
         with kernels.using(isa):
-            y = ops.binary_conv2d(given_x, layout, scale, bias, THRESHOLDS, *rest)
-            levels = ops.binary_conv2d_levels(given_x, layout, cuts, THRESHOLDS, *rest)
+            y = ops.binary_conv2d(given_x, layout, scale, bias, given_thresholds, *rest, *ended)
+            levels = ops.binary_conv2d_levels(given_x, layout, cuts, given_thresholds, *rest)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(y, sums.float() * scale[:, None, None] + bias[:, None, None])
+    assert torch.equal(y, finished(expected, *ended))
     assert torch.equal(levels, sum((sums >= cut[:, None, None]).to(torch.uint8) for cut in cuts))
     assert levels.numel() == 0 or levels.is_contiguous(memory_format=torch.channels_last)
 
@@ -86,26 +119,32 @@ def test_convolution_equals_float64(isa: str, case: dict[str, Any]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.integers(0, 5), max_size=2), inputs=st.integers(1, 700), outputs=st.integers(1, 600),
-    bits=st.integers(1, 2), seed=st.integers(0, 2**20), threads=st.integers(1, 2),
+    bits=st.integers(1, 2), per_channel=st.booleans(), seed=st.integers(0, 2**20), threads=st.integers(1, 2),
+    end=st.fixed_dictionaries(
+        {"residual": st.sampled_from([None, "contiguous"]), "relus": st.tuples(st.booleans(), st.booleans())}
+    ),
 )  # fmt: skip
 def test_linear_equals_float64(
-    isa: str, rows: list[int], inputs: int, outputs: int, bits: int, seed: int, threads: int
-) -> None:
+    isa: str, rows: list[int], inputs: int, outputs: int, bits: int, per_channel: bool, seed: int, threads: int,
+    end: dict[str, Any],
+) -> None:  # fmt: skip
     torch.manual_seed(seed)
-    thresholds = THRESHOLDS[: 2**bits - 1]
+    thresholds = (folded(inputs) if per_channel else THRESHOLDS)[: 2**bits - 1]
     x, plus = torch.randn(*rows, inputs), signs(outputs, inputs)
     scale, cuts = torch.randn(outputs), torch.randint(-9, 9, (3, outputs), dtype=torch.int32)
     layout = kernels.prepare_binary_linear(plus)
-    sums = quantized(x, thresholds) @ (plus.double() * 2 - 1).T
+    level = quantized(x, thresholds, -1)
+    sums = level @ (plus.double() * 2 - 1).T
+    ended = end_of(end, sums.shape)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with kernels.using(isa):
-            y = ops.binary_linear(x, layout, scale, None, thresholds, outputs)
-            levels = ops.binary_linear_levels(quantized(x, thresholds).to(torch.uint8), layout, cuts, [0.0], outputs)
+            y = ops.binary_linear(x, layout, scale, None, thresholds, outputs, *ended)
+            levels = ops.binary_linear_levels(level.to(torch.uint8), layout, cuts, None, outputs)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(y, sums.float() * scale)
+    assert torch.equal(y, finished(sums.float() * scale, *ended))
     assert torch.equal(levels, sum((sums >= cut).to(torch.uint8) for cut in cuts))
 
 
@@ -137,6 +176,19 @@ def test_nan_is_level_zero_and_infinity_the_largest(isa: str, layout: int) -> No
         assert torch.equal(ops.binary_conv2d(x, packed, *rest), ops.binary_conv2d(same, packed, *rest))
 
 
+@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
+def test_rectifiers_keep_nan_as_torch_does(isa: str, layout: int) -> None:
+    packed, residual = layouts.pack(layout, signs(20, 5, 1, 1)), torch.randn(1, 20, 3, 3)
+    residual[0, ::2] = float("nan")
+    with kernels.using(isa):
+        y = ops.binary_conv2d(
+            torch.randn(1, 5, 3, 3), packed, torch.ones(20), None, THRESHOLDS, 20, [1, 1], [1, 1], [0, 0], [1, 1], 1,
+            residual, True, True,
+        )  # fmt: skip
+    assert torch.equal(y.isnan(), residual.isnan())
+
+
 @given(
     outputs=st.integers(1, 140), channels=st.integers(1, 140), kh=st.integers(1, 4), kw=st.integers(1, 9),
     layout=st.sampled_from([layouts.SIX, layouts.PLANES]),
@@ -150,10 +202,11 @@ def test_layouts_come_back(outputs: int, channels: int, kh: int, kw: int, layout
 
 
 def convolve(layout: Tensor, **changed: Any) -> Tensor:
-    given = {"x": torch.randn(1, 8, 4, 4), "scale": torch.ones(6), "thresholds": THRESHOLDS, "outputs": 6} | changed
+    given = {"x": torch.randn(1, 8, 4, 4), "scale": torch.ones(6), "thresholds": THRESHOLDS, "outputs": 6}
+    given |= {"residual": None} | changed
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     y: Tensor = ops.binary_conv2d(
-        given["x"], layout, given["scale"], None, given["thresholds"], given["outputs"], *geometry
+        given["x"], layout, given["scale"], None, given["thresholds"], given["outputs"], *geometry, given["residual"]
     )
     return y
 
@@ -188,13 +241,20 @@ def test_a_corrupt_payload_gives_some_numbers() -> None:
         ({"x": torch.randn(1, 9, 4, 4)}, "9"),
         ({"x": torch.randn(8, 4, 4)}, "dimensions"),
         ({"scale": torch.ones(5)}, "scale"),
-        ({"thresholds": [1.0, 0.0]}, "ascending"),
-        ({"thresholds": []}, "thresholds"),
-        ({"thresholds": [0.0, 1.0, 2.0, 3.0]}, "thresholds"),
+        ({"thresholds": torch.tensor([1.0, 0.0])}, "must ascend"),
+        ({"thresholds": torch.tensor([0.0, float("nan")])}, "must ascend"),
+        ({"thresholds": torch.tensor([[2.0], [0.0], [1.0]]).repeat(1, 8)}, "must ascend"),
+        ({"thresholds": torch.tensor([])}, "thresholds"),
+        ({"thresholds": torch.arange(4.0)}, "thresholds"),
+        ({"thresholds": torch.zeros(3, 7)}, "thresholds"),
+        ({"thresholds": torch.zeros(3).double()}, "thresholds"),
+        ({"thresholds": None}, "without thresholds"),
+        ({"residual": torch.zeros(1, 6, 4, 5)}, "residual"),
     ],
 )
-def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(KernelError, match=message):
+@pytest.mark.parametrize("isa", ["none", *kernels.isas()[:1]])
+def test_wrong_arguments_are_named(isa: str, changed: dict[str, Any], message: str) -> None:
+    with kernels.using(isa), pytest.raises(KernelError, match=message):
         convolve(layouts.pack(layouts.PLANES, signs(6, 8, 3, 3)), **changed)
 
 
@@ -204,7 +264,10 @@ def test_operators_pass_the_checks_of_torch() -> None:
     geometry = (6, [3, 3], [2, 1], [1, 1], [1, 1], 1)
     x = torch.randn(2, 8, 5, 4)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.binary_conv2d, (x, layout, torch.ones(6), None, THRESHOLDS, *geometry), test_utils=tests)
+    end = (torch.randn(2, 6, 3, 4), True, True)
+    given = (x, layout, torch.ones(6), None, folded(8), *geometry)
+    torch.library.opcheck(ops.binary_conv2d, given, test_utils=tests)
+    torch.library.opcheck(ops.binary_conv2d, (*given, *end), test_utils=tests)
     torch.library.opcheck(ops.binary_conv2d_levels, (x, layout, cuts, THRESHOLDS, *geometry), test_utils=tests)
     flat = kernels.prepare_binary_linear(signs(6, 8))
     torch.library.opcheck(
