@@ -6,7 +6,8 @@ A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little en
              into a table of 64 sums (AVX-512). A block of 64 channels has 11 groups, a piece of them as many as add up
              in a byte. Channel c of a block stands at code c % 22, and there at bit c / 22 + 3 (code % 2) of group
              code / 2. Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
-    PLANES   [group][output / 8][tap][channel / 64][8] words of 64 bits, little endian: for kernels that count bits.
+    PLANES   [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 bits, little endian:
+             for kernels that count bits. One stream of memory serves four registers of outputs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ MAGIC = b"FXPBIN01"
 HEADER_BYTES = 64
 SIX, PLANES = 1, 2
 GROUPS, CODES = 11, 22
+# blocks of eight outputs beside each other in PLANES
+BESIDE = 4
 # entries of a table are at most 18, so that this many fit a byte; sums fit 16 bits up to so many weights
 BYTE_SUMS, WORD_SUMS = 14, 32767 // 3
 _FORMAT = struct.Struct("<8s6I32x")
@@ -143,14 +146,22 @@ def _planes(header: Header, plus: Tensor) -> Tensor:
     # (group, out / 8, 8, block, byte, bit, tap), and without the bits
     parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
     data: Tensor = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
-    return data.permute(0, 1, 5, 3, 2, 4)
+    beside = [some.permute(0, 5, 3, 1, 2, 4).flatten(1) for some in data.split(BESIDE, 1)]
+    return torch.cat(beside, 1)
 
 
 def _from_planes(header: Header, payload: Tensor) -> Tensor:
-    taps = header.kh * header.kw
-    data = payload.view(header.groups, -1, taps, header.blocks, 8, 8).permute(0, 1, 4, 3, 5, 2)
+    taps, outputs = header.kh * header.kw, header.outputs // header.groups
+    sizes = [min(BESIDE, -(-outputs // 8) - begin) for begin in range(0, -(-outputs // 8), BESIDE)]
+    words = taps * header.blocks * 64
+    beside = payload.view(header.groups, -1).split([size * words for size in sizes], 1)  # type: ignore[no-untyped-call]
+    shaped = [
+        some.view(header.groups, taps, header.blocks, size, 8, 8).permute(0, 3, 4, 2, 5, 1)
+        for some, size in zip(beside, sizes, strict=True)
+    ]
+    data = torch.cat(shaped, 1)  # (group, out / 8, 8, block, byte, tap)
     bits = data[..., None, :] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1
-    grouped = bits.flatten(3, 5).flatten(1, 2)[:, : header.outputs // header.groups, : header.channels]
+    grouped = bits.flatten(3, 5).flatten(1, 2)[:, :outputs, : header.channels]
     plus: Tensor = grouped.flatten(0, 1).unflatten(2, (header.kh, header.kw)).bool()  # type: ignore[no-untyped-call]
     return plus
 

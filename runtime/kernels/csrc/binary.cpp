@@ -11,7 +11,7 @@ namespace {
 
 constexpr uint32_t LIMIT = 1u << 24;
 constexpr int64_t ROWS = 8;           // output pixels per task
-constexpr int64_t SLICE = 64;         // blocks of eight outputs per task
+constexpr int64_t SLICE = 64;         // blocks of eight outputs per task, a multiple of BESIDE
 constexpr int64_t MOST_TAPS = 1 << 12;
 
 uint32_t word(const uint8_t* data) {
@@ -67,11 +67,13 @@ int unpack(BinaryLayout* layout) {
     uint64_t* to = static_cast<uint64_t*>(scratch(SLOT_TABLES, size_t(bytes)));
     if (!to) return fail(NO_MEMORY, "No memory for %lld bytes of binary weights", (long long)bytes);
     memset(to, 0, size_t(bytes));
-    for (int64_t o = 0; o < layout->outputs; o++)
+    for (int64_t o = 0; o < layout->outputs; o++) {
+        const PlanesPlace place(o / 8, ceil_div(layout->outputs, 8), words);
         for (int64_t tap = 0; tap < layout->taps(); tap++)
             for (int64_t c = 0; c < layout->channels; c++)
                 if (is_plus(*layout, o, tap, c))
-                    to[(o / 8 * words + tap * layout->blocks() + c / 64) * 8 + o % 8] |= uint64_t(1) << c % 64;
+                    to[place.first + (tap * layout->blocks() + c / 64) * place.step + o % 8] |= uint64_t(1) << c % 64;
+    }
     planes.payload = reinterpret_cast<const uint8_t*>(to);
     *layout = planes;
     return OK;
@@ -89,6 +91,9 @@ const BinaryPopcount& popcount(int isa) {
 }
 
 int64_t ones(uint64_t value) {
+#if defined(__GNUC__)
+    return __builtin_popcountll(value);
+#endif
     value -= value >> 1 & 0x5555555555555555u;
     value = (value & 0x3333333333333333u) + (value >> 2 & 0x3333333333333333u);
     return int64_t(((value + (value >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56);
@@ -202,15 +207,18 @@ void Counting::write(int64_t pixel, int64_t output, int64_t count, const int32_t
     const int64_t step = call.y_channels_last ? 1 : call.out_pixels();
     const int64_t from = image * outputs * call.out_pixels() +
                          (call.y_channels_last ? place * outputs + output : output * call.out_pixels() + place);
-    for (int64_t o = 0; o < count; o++) {
-        float y = float(2 * int64_t(sums[o]) - total) * call.scale[output + o];
-        if (call.bias) y += call.bias[output + o];
-        if (call.residual) {
+    float y[8 * SLICE];  // one operation after the other over all outputs: each is a loop of vectors
+    for (int64_t o = 0; o < count; o++) y[o] = float(2 * sums[o] - int32_t(total)) * call.scale[output + o];
+    if (call.bias)
+        for (int64_t o = 0; o < count; o++) y[o] += call.bias[output + o];
+    if (call.residual)
+        for (int64_t o = 0; o < count; o++) {
             const float other = call.residual[from + o * step];
-            y += call.residual_relu && other < 0 ? 0 : other;
+            y[o] += call.residual_relu && other < 0 ? 0 : other;
         }
-        static_cast<float*>(call.y)[from + o * step] = call.relu && y < 0 ? 0 : y;
-    }
+    if (call.relu)
+        for (int64_t o = 0; o < count; o++) y[o] = y[o] < 0 ? 0 : y[o];
+    for (int64_t o = 0; o < count; o++) static_cast<float*>(call.y)[from + o * step] = y[o];
 }
 
 int count_bits(const BinaryCall& call, int isa) {

@@ -12,10 +12,11 @@ namespace fx {
 
 enum BinaryLayoutId : uint32_t {
     SIX = 1,     // [channel / 64][piece of 14 / kw groups of 6 channels][output / 64][ky][group][kx][64]: table indices
-    PLANES = 2,  // [group][output / 8][tap][channel / 64][8] words of 64 weight bits
+    PLANES = 2,  // [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 weight bits
 };
 
 constexpr int64_t BINARY_HEADER = 64;
+constexpr int64_t BESIDE = 4;   // blocks of eight outputs that lie beside each other in PLANES, fewer at the end
 constexpr int64_t GROUPS = 11;  // groups of six channels that hold a block of 64
 constexpr int64_t CODES = 22;   // bytes for these 64 levels: byte t has the channels t, t + 22 and t + 44
 // 18 is the largest entry of a table: so many fit a byte
@@ -31,6 +32,14 @@ struct BinaryLayout {
     int64_t blocks() const { return ceil_div(channels, 64); }
     int64_t outputs_per_group() const { return outputs / groups; }
     int64_t terms() const { return taps() * channels; }
+};
+
+// Where the words of a block of eight outputs of one group lie in PLANES, and how far apart they are.
+struct PlanesPlace {
+    int64_t first, step;
+    PlanesPlace(int64_t block, int64_t blocks, int64_t words)
+        : first((block / BESIDE * BESIDE * words + block % BESIDE) * 8),
+          step(8 * least(BESIDE, blocks - block / BESIDE * BESIDE)) {}
 };
 
 // How levels are found, as the kernels read it: the level of x in channel c is how many of the three `edges[i][c]`
@@ -93,7 +102,8 @@ extern BinaryRun* const binary_table_avx512;
 struct BinaryPopcount {
     // `count` float32, the channels from `channel` on -> words of plane 0 and plane 1 in turn, ceil(count / 64) pairs
     void (*planes)(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words);
-    // sums[row][o] = levels that meet +1, o < 8 * blocks; rows of `words` pairs, `row_words` apart; weights PLANES
+    // sums[row][o] = levels that meet +1, o < 8 * blocks; rows of `words` pairs; weights PLANES from a block on that is
+    // the first of those beside it
     void (*dot)(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks,
                 int32_t* sums);
 };

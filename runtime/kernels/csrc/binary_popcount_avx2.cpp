@@ -46,8 +46,8 @@ FX_INLINE __m256i bits(__m256i v, __m256i table) {
                            _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)));
 }
 
-// Four outputs of one row.
-FX_INLINE __m256i four(const uint64_t* row, int64_t words, const uint64_t* weights) {
+// Four outputs of one row; `step` from word to word.
+FX_INLINE __m256i four(const uint64_t* row, int64_t words, const uint64_t* weights, int64_t step) {
     const __m256i once = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
                                           2, 3, 2, 3, 3, 4);
     const __m256i twice = _mm256_add_epi8(once, once);
@@ -55,7 +55,7 @@ FX_INLINE __m256i four(const uint64_t* row, int64_t words, const uint64_t* weigh
     for (int64_t begin = 0; begin < words; begin += STEPS) {
         __m256i bytes = _mm256_setzero_si256();
         for (int64_t i = begin; i < least(words, begin + STEPS); i++) {
-            const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 8 * i));
+            const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + step * i));
             const __m256i low = _mm256_and_si256(weight, _mm256_set1_epi64x(int64_t(row[2 * i])));
             const __m256i high = _mm256_and_si256(weight, _mm256_set1_epi64x(int64_t(row[2 * i + 1])));
             bytes = _mm256_add_epi8(bytes, _mm256_add_epi8(bits(low, once), bits(high, twice)));
@@ -66,14 +66,16 @@ FX_INLINE __m256i four(const uint64_t* row, int64_t words, const uint64_t* weigh
 }
 
 void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks, int32_t* sums) {
-    for (int64_t block = 0; block < blocks; block++)
+    for (int64_t block = 0; block < blocks; block++) {
+        const PlanesPlace place(block, blocks, words);
         for (int64_t r = 0; r < count; r++)
             for (int64_t half = 0; half < 8; half += 4) {
                 alignas(32) int64_t found[4];
-                const __m256i total = four(rows + 2 * words * r, words, weights + 8 * words * block + half);
+                const __m256i total = four(rows + 2 * words * r, words, weights + place.first + half, place.step);
                 _mm256_store_si256(reinterpret_cast<__m256i*>(found), total);
                 for (int64_t i = 0; i < 4; i++) sums[8 * (blocks * r + block) + half + i] = int32_t(found[i]);
             }
+    }
 }
 
 }  // namespace

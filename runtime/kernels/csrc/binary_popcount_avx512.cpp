@@ -35,26 +35,25 @@ void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t cha
     }
 }
 
+// BLOCKS blocks beside each other of ROWS rows; `stride` from one row's sums to the next.
 template <int ROWS, int BLOCKS>
-FX_INLINE void dot_of(const uint64_t* rows, int64_t words, const uint64_t* weights, int64_t blocks, int32_t* sums) {
+void dot_of(const uint64_t* rows, int64_t words, const uint64_t* weights, int64_t stride, int32_t* sums) {
     __m512i low[ROWS][BLOCKS], high[ROWS][BLOCKS];
     FX_UNROLL
     for (int r = 0; r < ROWS; r++) {
         FX_UNROLL
         for (int b = 0; b < BLOCKS; b++) low[r][b] = high[r][b] = _mm512_setzero_si512();
     }
-    for (int64_t i = 0; i < words; i++) {
-        __m512i weight[BLOCKS];
-        FX_UNROLL
-        for (int b = 0; b < BLOCKS; b++) weight[b] = _mm512_loadu_si512(weights + (b * words + i) * 8);
+    for (int64_t i = 0; i < words; i++, weights += 8 * BLOCKS) {
         FX_UNROLL
         for (int r = 0; r < ROWS; r++) {
             const __m512i one = _mm512_set1_epi64(int64_t(rows[2 * (r * words + i)]));
             const __m512i two = _mm512_set1_epi64(int64_t(rows[2 * (r * words + i) + 1]));
             FX_UNROLL
             for (int b = 0; b < BLOCKS; b++) {
-                low[r][b] = _mm512_add_epi64(low[r][b], _mm512_popcnt_epi64(_mm512_and_si512(weight[b], one)));
-                high[r][b] = _mm512_add_epi64(high[r][b], _mm512_popcnt_epi64(_mm512_and_si512(weight[b], two)));
+                const __m512i weight = _mm512_loadu_si512(weights + 8 * b);
+                low[r][b] = _mm512_add_epi64(low[r][b], _mm512_popcnt_epi64(_mm512_and_si512(weight, one)));
+                high[r][b] = _mm512_add_epi64(high[r][b], _mm512_popcnt_epi64(_mm512_and_si512(weight, two)));
             }
         }
     }
@@ -63,25 +62,25 @@ FX_INLINE void dot_of(const uint64_t* rows, int64_t words, const uint64_t* weigh
         FX_UNROLL
         for (int b = 0; b < BLOCKS; b++) {
             const __m512i sum = _mm512_add_epi64(low[r][b], _mm512_slli_epi64(high[r][b], 1));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8 * (r * blocks + b)), _mm512_cvtepi64_epi32(sum));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + r * stride + 8 * b), _mm512_cvtepi64_epi32(sum));
         }
     }
 }
 
+template <int BLOCKS>
+void all_rows(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t stride,
+              int32_t* sums) {
+    int64_t r = 0;
+    for (; r + 2 <= count; r += 2)
+        dot_of<2, BLOCKS>(rows + 2 * words * r, words, weights, stride, sums + stride * r);
+    if (r < count) dot_of<1, BLOCKS>(rows + 2 * words * r, words, weights, stride, sums + stride * r);
+}
+
 void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks, int32_t* sums) {
-    int64_t block = 0;
-    for (; block + 4 <= blocks; block += 4) {
-        const uint64_t* from = weights + 8 * words * block;
-        int64_t r = 0;
-        for (; r + 2 <= count; r += 2)
-            dot_of<2, 4>(rows + 2 * words * r, words, from, blocks, sums + 8 * (blocks * r + block));
-        for (; r < count; r++)
-            dot_of<1, 4>(rows + 2 * words * r, words, from, blocks, sums + 8 * (blocks * r + block));
+    for (int64_t block = 0; block < blocks; block += BESIDE, weights += 8 * BESIDE * words, sums += 8 * BESIDE) {
+        decltype(&all_rows<1>) const by_rest[] = {all_rows<1>, all_rows<2>, all_rows<3>, all_rows<4>};
+        by_rest[least(BESIDE, blocks - block) - 1](rows, count, words, weights, 8 * blocks, sums);
     }
-    for (; block < blocks; block++)
-        for (int64_t r = 0; r < count; r++)
-            dot_of<1, 1>(rows + 2 * words * r, words, weights + 8 * words * block, blocks,
-                         sums + 8 * (blocks * r + block));
 }
 
 }  // namespace

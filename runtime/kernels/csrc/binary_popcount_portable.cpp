@@ -30,9 +30,10 @@ void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* wei
     for (int64_t r = 0; r < count; r++, rows += 2 * words, sums += 8 * blocks)
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t o = 0; o < 8; o++) {
+                const PlanesPlace place(block, blocks, words);
                 int64_t sum = 0;
                 for (int64_t i = 0; i < words; i++) {
-                    const uint64_t weight = weights[(block * words + i) * 8 + o];
+                    const uint64_t weight = weights[place.first + i * place.step + o];
                     sum += ones(weight & rows[2 * i]) + 2 * ones(weight & rows[2 * i + 1]);
                 }
                 sums[8 * block + o] = int32_t(sum);
