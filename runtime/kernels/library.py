@@ -25,6 +25,7 @@ _SIGNATURES = {
     "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
     "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
     "fxpress_binary_layer": "p",
+    "fxpress_int8_layer": "p",
 }
 
 

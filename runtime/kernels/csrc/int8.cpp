@@ -1,0 +1,144 @@
+// Layers of 8-bit weights and inputs: checks, rounding of the images, rows of outputs dealt out to threads.
+#include "int8.h"
+
+#include <cstring>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace fx {
+namespace {
+
+constexpr int64_t LIMIT = int64_t(1) << 24;
+constexpr int64_t TERMS = int64_t(1) << 16;       // of a sum: 255 * 127 * TERMS fits 31 bits
+constexpr int64_t IMAGES_BYTES = int64_t(8) << 20;  // rounded images that are made together
+
+}  // namespace
+}  // namespace fx
+
+// One call of a layer; mirrored field by field in int8_ops.py.
+struct FxpressInt8Layer {
+    const float* x;
+    const int8_t* weights;
+    const int32_t* offset;
+    const float *scale, *bias;
+    float* y;
+    int64_t weight_bytes;
+    int64_t batch, channels, height, width;
+    int64_t outputs, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+    float inverse;
+    int32_t zero, channels_last, relu, threads, isa;
+};
+
+namespace fx {
+namespace {
+
+using Layer = FxpressInt8Layer;
+
+const Int8Kernels& kernels_for(int isa) {
+#if defined(FX_HAVE_AVX512)
+    if (isa >= AVX512 && can_run(AVX512)) return int8_avx512;
+#endif
+#if defined(FX_HAVE_AVX2)
+    if (isa >= AVX2 && can_run(AVX2)) return int8_avx2;
+#endif
+    (void)isa;
+    return int8_portable;
+}
+
+// Images of one layer with their borders, and the runs of bytes of a window.
+struct Images {
+    const Layer& of;
+    const Int8Kernels& kernels;
+    uint8_t* bytes;
+    int64_t* places;
+
+    bool dilated() const { return of.dilation[1] > 1 && of.kernel[1] > 1; }
+    int64_t segments() const { return of.kernel[0] * (dilated() ? of.kernel[1] : 1); }
+    int64_t dwords() const { return ceil_div(of.channels * (dilated() ? 1 : of.kernel[1]), 4); }
+    int64_t wide() const { return of.width + 2 * of.padding[1]; }
+    int64_t row_bytes() const { return wide() * of.channels; }
+    int64_t image_bytes() const { return (of.height + 2 * of.padding[0]) * row_bytes() + SLACK; }
+    int64_t weight_bytes() const { return ceil_div(of.outputs, LANES16) * LANES16 * segments() * dwords() * 4; }
+    void place();
+    void round(int64_t image, int64_t slot, int64_t line) const;
+    void compute(int64_t image, int64_t slot, int64_t line) const;
+};
+
+void Images::place() {
+    const int64_t across = dilated() ? of.kernel[1] : 1;
+    for (int64_t s = 0; s < segments(); s++)
+        places[s] = s / across * of.dilation[0] * row_bytes() + s % across * of.dilation[1] * of.channels;
+}
+
+// One line of a padded image.
+void Images::round(int64_t image, int64_t slot, int64_t line) const {
+    uint8_t* to = bytes + slot * image_bytes() + line * row_bytes();
+    const int64_t y = line - of.padding[0], border = of.padding[1] * of.channels;
+    if (line == of.height + 2 * of.padding[0] - 1) memset(to + row_bytes(), 0, SLACK);
+    if (y < 0 || y >= of.height) return void(memset(to, of.zero, size_t(row_bytes())));
+    memset(to, of.zero, size_t(border));
+    memset(to + row_bytes() - border, of.zero, size_t(border));
+    const int64_t plane = of.height * of.width, whole = image * of.channels * plane;
+    const Int8Rounding rounding{of.inverse, of.zero};
+    if (of.channels_last)
+        kernels.round({of.x + whole + y * of.width * of.channels, 1, of.channels, of.channels, of.width, to + border},
+                      rounding);
+    else
+        kernels.round({of.x + whole + y * of.width, plane, 1, of.channels, of.width, to + border}, rounding);
+}
+
+void Images::compute(int64_t image, int64_t slot, int64_t line) const {
+    const uint8_t* window = bytes + slot * image_bytes() + line * of.stride[0] * row_bytes();
+    float* y = of.y + (image * of.out_height + line) * of.out_width * of.outputs;
+    kernels.row({window, of.out_width, of.stride[1] * of.channels, places, segments(), dwords(), of.weights, of.offset,
+                 of.scale, of.bias, of.relu != 0, of.outputs, y});
+}
+
+int check(const Images& images) {
+    const Layer& of = images.of;
+    const int64_t size[2] = {of.height, of.width}, out[2] = {of.out_height, of.out_width};
+    bool fits = of.batch >= 0 && of.channels >= 1 && of.outputs >= 1 && of.threads >= 1 && of.zero >= 0 && of.zero < 256;
+    fits = fits && of.channels < LIMIT && of.outputs < LIMIT && of.inverse > 0;
+    for (int i = 0; i < 2 && fits; i++) {
+        fits = size[i] >= 0 && size[i] < LIMIT && of.padding[i] >= 0 && of.padding[i] < LIMIT && of.stride[i] >= 1 &&
+               of.dilation[i] >= 1 && of.dilation[i] < LIMIT && of.kernel[i] >= 1 && of.kernel[i] < LIMIT;
+        const int64_t reach = size[i] + 2 * of.padding[i] - of.dilation[i] * (of.kernel[i] - 1);
+        fits = fits && reach > 0 && (reach - 1) / of.stride[i] + 1 == out[i];
+    }
+    if (!fits)
+        return fail(BAD_ARGUMENT, "An 8-bit layer of %lld x %lld pixels to %lld x %lld does not fit its kernel",
+                    (long long)of.height, (long long)of.width, (long long)of.out_height, (long long)of.out_width);
+    if (of.kernel[0] * of.kernel[1] > TERMS / of.channels)
+        return fail(BAD_ARGUMENT, "An 8-bit layer has at most %lld weights per output", (long long)TERMS);
+    if (of.weight_bytes == images.weight_bytes()) return OK;
+    return fail(BAD_LAYOUT, "8-bit weights of %lld bytes where the layer needs %lld", (long long)of.weight_bytes,
+                (long long)images.weight_bytes());
+}
+
+int run(const Layer& of) {
+    Images images{of, kernels_for(of.isa), nullptr, nullptr};
+    const int status = check(images);
+    if (status || !of.batch) return status;
+    const int64_t together = most(1, least(of.batch, IMAGES_BYTES / images.image_bytes()));
+    images.bytes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * images.image_bytes())));
+    images.places = static_cast<int64_t*>(scratch(SLOT_CONV_INDEX, size_t(images.segments()) * sizeof(int64_t)));
+    if (!images.bytes || !images.places) return fail(NO_MEMORY, "No memory for the rounded images of an 8-bit layer");
+    images.place();
+    const int64_t lines = of.height + 2 * of.padding[0];
+    for (int64_t first = 0; first < of.batch; first += together) {
+        const int64_t count = least(together, of.batch - first);
+        parallel_for(of.threads, count * lines,
+                     [&](int64_t task) { images.round(first + task / lines, task / lines, task % lines); });
+        parallel_for(of.threads, count * of.out_height, [&](int64_t task) {
+            images.compute(first + task / of.out_height, task / of.out_height, task % of.out_height);
+        });
+    }
+    return OK;
+}
+
+}  // namespace
+}  // namespace fx
+
+FX_EXPORT int fxpress_int8_layer(const FxpressInt8Layer* layer) { return fx::run(*layer); }

@@ -1,0 +1,95 @@
+"""What the 8-bit kernels compute, in plain torch: the same integers, the same roundings; and how weights lie.
+
+    q = min(max(round(x · inverse), -zero), 255 - zero) + zero          bytes; halves to even, NaN counts as 0
+    y[o] = relu?(scale[o] (Σ q w[o] + offset[o]) + bias[o])             offset[o] = -zero Σ w[o]; zero padding is q = zero
+
+Sums are exact integers of 32 bits, and float32 operations are rounded one by one, from left to right.
+
+Weights lie as [output / 16][segment][dword][16][4] bytes: four bytes of input meet 16 outputs. A segment is what lies side
+by side in a channels-last image: the kw · C bytes of a row of the kernel, or, where that is dilated, the C of a tap;
+filled up with zeros to whole dwords.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ...ir.errors import KernelError
+
+if TYPE_CHECKING:
+    from .int8_ops import Numbers, Window
+
+LANES = 16
+
+
+def prepare_int8(weight: Tensor, zero: int, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    """Weights as the kernels read them, 1-D int8, and their offset, int32 (out,).
+
+    Args:
+        weight: int8 (out, in) or (out, in, kh, kw), of a convolution of one group.
+        zero: byte that 0 becomes in the inputs.
+        dilation: of the convolution along the width.
+
+    Raises:
+        KernelError: weights of another type or shape.
+    """
+    if weight.dtype != torch.int8 or weight.dim() not in (2, 4) or not weight.numel():
+        raise KernelError(
+            f"8-bit weights are int8 (out, in) or (out, in, kh, kw), not {weight.dtype} {tuple(weight.shape)}"
+        )
+    offset = -zero * weight.flatten(1).sum(1, dtype=torch.int64)
+    return _segments(weight, dilation), offset.to(torch.int32)
+
+
+def _segments(weight: Tensor, dilation: int) -> Tensor:
+    taps = weight[:, None, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1)  # (out, kh, kw, in)
+    apart = dilation > 1 and taps.shape[2] > 1
+    runs = taps.flatten(1, 2) if apart else taps.flatten(2, 3)  # (out, segment, bytes)
+    runs = F.pad(runs, (0, -runs.shape[2] % 4, 0, 0, 0, -runs.shape[0] % LANES))
+    blocks = runs.unflatten(0, (-1, LANES)).unflatten(3, (-1, 4))  # type: ignore[no-untyped-call]
+    return blocks.permute(0, 2, 3, 1, 4).contiguous().flatten()
+
+
+def _weight(numbers: Numbers, of: Window, channels: int) -> Tensor:
+    """The inverse of `_segments`, (out, in, kh, kw)."""
+    kh, kw = of.kernel
+    apart = of.dilation[1] > 1 and kw > 1
+    segments, width = kh * (kw if apart else 1), channels * (1 if apart else kw)
+    blocks = -(-of.outputs // LANES)
+    if numbers.weights.numel() != blocks * LANES * segments * -(-width // 4) * 4:
+        raise KernelError(f"8-bit weights of {numbers.weights.numel()} bytes do not fit {of} and {channels} channels")
+    runs = numbers.weights.view(blocks, segments, -1, LANES, 4).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+    return runs[: of.outputs, :, :width].reshape(of.outputs, kh, kw, channels).permute(0, 3, 1, 2)
+
+
+def _rounded(x: Tensor, numbers: Numbers) -> Tensor:
+    """q - zero in double precision."""
+    steps = torch.round(x * numbers.inverse).clamp(-numbers.zero, 255 - numbers.zero)
+    return torch.where(steps.isnan(), 0.0, steps).double()
+
+
+def _ended(sums: Tensor, numbers: Numbers, relu: bool, dim: int) -> Tensor:
+    shape = [1] * sums.dim()
+    shape[dim] = -1
+    y = sums.float() * numbers.scale.view(shape)
+    y = y if numbers.bias is None else y + numbers.bias.view(shape)
+    return y.relu() if relu else y
+
+
+def conv2d(x: Tensor, numbers: Numbers, of: Window, relu: bool) -> Tensor:
+    """(N, C, H, W) → (N, out, H', W')."""
+    weight = _weight(numbers, of, x.shape[1]).double()
+    sums = F.conv2d(_rounded(x, numbers), weight, None, list(of.stride), list(of.padding), list(of.dilation))
+    return _ended(sums, numbers, relu, 1)
+
+
+def linear(x: Tensor, numbers: Numbers, relu: bool) -> Tensor:
+    """(..., in) → (..., out)."""
+    from .int8_ops import Window
+
+    weight = _weight(numbers, Window(len(numbers.scale)), x.shape[-1])[:, :, 0, 0].double()
+    return _ended(F.linear(_rounded(x, numbers), weight), numbers, relu, -1)

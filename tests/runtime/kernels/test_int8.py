@@ -1,0 +1,134 @@
+"""8-bit kernels: every instruction set against an independent computation in numpy; integers are exact, so nothing differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fxpress.ir.errors import KernelError
+from fxpress.runtime import kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ops = torch.ops.fxpress
+
+
+def expected(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int, **geometry: Any
+) -> Tensor:
+    """By the definition: bytes minus zero, convolved in double precision, then float32 operations one by one."""
+    steps = np.rint(x.numpy() * np.float32(inverse))
+    steps = np.nan_to_num(np.clip(steps, -zero, 255 - zero), nan=0.0)
+    plain = weight if weight.dim() == 4 else weight[:, :, None, None]
+    images = torch.from_numpy(steps).double()
+    images = images if images.dim() == 4 else images.view(-1, images.shape[-1], 1, 1)
+    sums = F.conv2d(images, plain.double(), **geometry).numpy().astype(np.int64).astype(np.float32)
+    y = sums * scale.numpy()[:, None, None]
+    y = y if bias is None else y + bias.numpy()[:, None, None]
+    return torch.from_numpy(y)
+
+
+@st.composite
+def convolutions(draw: Any) -> dict[str, Any]:
+    kernel = [draw(st.integers(1, 5)), draw(st.integers(1, 5))]
+    dilation = [draw(st.integers(1, 2)), draw(st.integers(1, 2))]
+    padding = [draw(st.integers(0, 3)), draw(st.integers(0, 3))]
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    return {
+        "batch": draw(st.integers(0, 3)), "channels": draw(st.integers(1, 9)), "outputs": draw(st.integers(1, 80)),
+        "size": [least[0] + draw(st.integers(0, 6)), least[1] + draw(st.integers(0, 20))],
+        "kernel": kernel, "stride": [draw(st.integers(1, 3)), draw(st.integers(1, 3))], "padding": padding,
+        "dilation": dilation, "zero": draw(st.sampled_from([0, 3, 128, 255])), "last": draw(st.booleans()),
+        "bias": draw(st.booleans()), "relu": draw(st.booleans()), "threads": draw(st.integers(1, 2)),
+        "seed": draw(st.integers(0, 2**31)),
+    }  # fmt: skip
+
+
+@given(convolutions())
+@settings(max_examples=60, deadline=None)
+def test_convolutions_on_every_instruction_set(case: dict[str, Any]) -> None:
+    torch.manual_seed(case["seed"])
+    x = 3 * torch.randn(case["batch"], case["channels"], *case["size"])
+    if x.numel() > 4 and case["seed"] % 3 == 0:
+        x.view(-1)[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30])
+    x = x.contiguous(memory_format=torch.channels_last if case["last"] else torch.contiguous_format)
+    weight = torch.randint(-127, 128, (case["outputs"], case["channels"], *case["kernel"]), dtype=torch.int8)
+    scale, bias = torch.rand(case["outputs"]), torch.randn(case["outputs"]) if case["bias"] else None
+    geometry = {name: case[name] for name in ("stride", "padding", "dilation")}
+    wanted = expected(x, weight, scale, bias, 40.0, case["zero"], **geometry)
+    wanted = wanted.relu() if case["relu"] else wanted
+    layout, offset = kernels.prepare_int8(weight, case["zero"], case["dilation"][1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        for isa in kernels.isas():
+            with kernels.using(isa):
+                y = ops.int8_conv2d(
+                    x, layout, offset, scale, bias, 40.0, case["zero"], case["outputs"], case["kernel"],
+                    *geometry.values(), case["relu"],
+                )  # fmt: skip
+            assert y.shape == wanted.shape
+            assert torch.equal(y, wanted), isa
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("shape", "outputs"), [((5,), 3), ((7, 33), 10), ((2, 3, 130), 70), ((0, 8), 4)])
+def test_linear_on_every_instruction_set(shape: tuple[int, ...], outputs: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    weight = torch.randint(-127, 128, (outputs, shape[-1]), dtype=torch.int8)
+    scale, bias = torch.rand(outputs), torch.randn(outputs)
+    layout, offset = kernels.prepare_int8(weight, 100)
+    wanted = expected(x, weight, scale, bias, 60.0, 100).flatten(1).view(*shape[:-1], outputs)
+    for isa in kernels.isas():
+        with kernels.using(isa):
+            assert torch.equal(ops.int8_linear(x, layout, offset, scale, bias, 60.0, 100, outputs, False), wanted)
+
+
+def test_the_fake_kernels_know_shape_and_layout() -> None:
+    layout, offset = kernels.prepare_int8(torch.ones(4, 3, 3, 3, dtype=torch.int8), 0)
+    arguments = (layout, offset, torch.ones(4), None, 1.0, 0, 4, [3, 3], [2, 2], [1, 1], [1, 1], False)
+    torch.library.opcheck(ops.int8_conv2d.default, (torch.randn(2, 3, 9, 8), *arguments))
+    layout, offset = kernels.prepare_int8(torch.ones(4, 6, dtype=torch.int8), 0)
+    torch.library.opcheck(
+        ops.int8_linear.default, (torch.randn(5, 6), layout, offset, torch.ones(4), None, 1.0, 0, 4, True)
+    )
+
+
+def call(**changes: Any) -> Tensor:
+    weight = changes.pop("weight", torch.ones(4, 3, 3, 3, dtype=torch.int8))
+    layout, offset = kernels.prepare_int8(weight, 0)
+    given: dict[str, Any] = {
+        "x": torch.randn(1, 3, 8, 8), "weights": layout, "offset": offset, "scale": torch.ones(4), "bias": None,
+        "inverse": 1.0, "zero": 0, "out_channels": 4, "kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0],
+        "dilation": [1, 1], "relu": False,
+    }  # fmt: skip
+    y: Tensor = ops.int8_conv2d(*(given | changes).values())
+    return y
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"x": torch.randn(1, 3, 8, 8).double()}, "float64"),
+        ({"x": torch.randn(3, 8, 8)}, "3 dimensions"),
+        ({"x": torch.randn(1, 3, 2, 8)}, "too small"),
+        ({"x": torch.randn(1, 7, 8, 8)}, "bytes"),
+        ({"scale": torch.ones(5)}, "scale is"),
+        ({"bias": torch.ones(4).double()}, "bias is"),
+        ({"zero": 256}, "out of range"),
+        ({"inverse": 0.0}, "out of range"),
+        ({"stride": [0, 1]}, "out of range"),
+        ({"weights": torch.zeros(4)}, "1-D int8"),
+        ({"weight": torch.ones(4, 3, 3, 3)}, "int8"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes: dict[str, Any], named: str) -> None:
+    for isa in kernels.isas():
+        with kernels.using(isa), pytest.raises(KernelError, match=named):
+            call(**changes)
