@@ -18,8 +18,8 @@ from ...ir.nodes import shape_of
 from ...runtime.layers import BinaryLayer
 from ...runtime.training.statistics import reestimate_norms
 from ..base import LOSSY, Context, Pass, PassResult, Semantics, Skip
+from ..layerwise.patches import weight_of_rows, weight_rows
 from ..options import nearest
-from ..prune.reconstruct.patches import weight_of_rows, weight_rows
 from ..train.distill import Distill
 from .judging import First, Judge
 from .responses import Responses, is_normalised

@@ -15,9 +15,9 @@ from ...runtime.data import Loader
 from ...runtime.layers import BinaryConv2d, BinaryLayer, BinaryLinear
 from ..analyse.progress import counted
 from ..analyse.sharing import processes, shared_sum
-from ..prune.reconstruct.moments import SecondMoments
-from ..prune.reconstruct.patches import rows, weight_rows
-from ..prune.reconstruct.streams import Tensors, stream_pair
+from ..layerwise.moments import SecondMoments
+from ..layerwise.patches import rows, weight_rows
+from ..layerwise.streams import Tensors, stream_pair
 from .sources import op_name
 
 WIDE = 1024

@@ -16,9 +16,9 @@ from ...runtime.layers.pq_codebook import as_stored
 from ...runtime.layers.pq_conv2d import PQConv2d
 from ...runtime.layers.pq_linear import PQLinear
 from ..analyse.sharing import first_ones, shared_sum
-from ..prune.reconstruct.moments import SecondMoments
-from ..prune.reconstruct.patches import rows, weight_rows
-from ..prune.reconstruct.placing import add_constant, bias_of, set_weight
+from ..layerwise.moments import SecondMoments
+from ..layerwise.patches import rows, weight_rows
+from ..layerwise.placing import add_constant, bias_of, set_weight
 from .codes import Codes, first_codes, in_order
 from .correction import Correction
 from .outcome import Outcome

@@ -15,7 +15,7 @@ from ...ir.nodes import operand
 from ...runtime.layers.pq_codebook import bits, subspaces
 from ..base import Skip
 from ..fuse.affine import is_tied
-from ..prune.reconstruct.patches import weight_rows
+from ..layerwise.patches import weight_rows
 from .settings import Setting
 
 Dense = nn.Conv2d | nn.Linear

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..prune.reconstruct.moments import SecondMoments
+from ..layerwise.moments import SecondMoments
 from .codes import in_order
 from .plan import Layout
 

@@ -25,7 +25,7 @@ from ...runtime.data import Inputs, Loader, images_in
 from ...runtime.forward import device_of
 from ..analyse.sharing import processes, share
 from ..analyse.streaming import limited
-from ..prune.reconstruct.streams import HELD, precision_of
+from ..layerwise.streams import HELD, precision_of
 
 Pair = tuple[Any, Any]
 """A node's value in the original network, and in the one that is being quantised: one object where both are equal."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...layerwise.patches import Reading, weight_rows
 from .changes import Change
-from .consumers import Consumer, Reading, kept
-from .patches import weight_rows
+from .consumers import Consumer, kept
 
 
 class MissingResponse:

@@ -17,12 +17,12 @@ from ....runtime.measure import accuracy
 from ...analyse.progress import counted
 from ...analyse.sharing import processes, shared_sum
 from ...base import Skip
+from ...layerwise.placing import add_constant
+from ...layerwise.streams import stream_pair
 from .bias import MissingResponse
 from .changes import Change
 from .consumers import Consumer, find_consumers, layer_of
-from .placing import add_constant
 from .refit import MEMORY, Refit, memory, stages
-from .streams import stream_pair
 
 Method = Literal["bias", "least-squares"]
 Step = Callable[[int], None]

@@ -16,9 +16,7 @@ from ....ir.nodes import operand, shape_of
 from ....runtime.layers.pq_layer import PQLayer
 from ...base import Skip
 from ...fuse.affine import is_tied
-
-Reading = _ConvNd | nn.Linear
-"""The layers that can be compensated."""
+from ...layerwise.patches import Reading
 
 
 @dataclass(frozen=True)

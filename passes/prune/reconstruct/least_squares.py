@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .moments import SecondMoments
+from ...layerwise.moments import SecondMoments
 
 RIDGE = 1e-3
 """Weight of the ridge as a share of the features' mean variance."""

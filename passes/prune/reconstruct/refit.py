@@ -8,12 +8,12 @@ from torch import Tensor, fx, nn
 
 from ....ir.graph import Graph
 from ....ir.nodes import operand
+from ...layerwise.moments import SecondMoments
+from ...layerwise.patches import Reading, rows, weight_of_rows, weight_rows
+from ...layerwise.placing import add_constant, bias_of, set_weight
 from .changes import Change
-from .consumers import Consumer, Reading, kept, layer_of
+from .consumers import Consumer, kept, layer_of
 from .least_squares import fit
-from .moments import SecondMoments
-from .patches import rows, weight_of_rows, weight_rows
-from .placing import add_constant, bias_of, set_weight
 
 POSITIONS = 256
 """Output positions per image of which a layer learns; a map with more gives a fixed random choice of them."""

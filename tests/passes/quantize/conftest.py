@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fxpress.passes.prune.reconstruct.moments import SecondMoments
-from fxpress.passes.prune.reconstruct.patches import rows, weight_rows
+from fxpress.passes.layerwise.moments import SecondMoments
+from fxpress.passes.layerwise.patches import rows, weight_rows
 from fxpress.passes.quantize.codes import first_codes
 from fxpress.passes.quantize.plan import layout_of
 from fxpress.passes.quantize.problem import make_problem

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from fxpress.passes.prune.reconstruct.moments import SecondMoments
-from fxpress.passes.prune.reconstruct.patches import weight_rows
+from fxpress.passes.layerwise.moments import SecondMoments
+from fxpress.passes.layerwise.patches import weight_rows
 from fxpress.passes.quantize import correction as correction_module
 from fxpress.passes.quantize import subspace as subspace_module
 from fxpress.passes.quantize.codes import first_codes, in_order

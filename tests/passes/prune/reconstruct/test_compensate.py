@@ -17,8 +17,9 @@ from fxpress.ir.graph import Graph
 from fxpress.ir.groups import find_groups
 from fxpress.ir.trace import trace
 from fxpress.ir.verify import distance, run
+from fxpress.passes.layerwise import streams
 from fxpress.passes.prune.prune_channels import PruneChannels
-from fxpress.passes.prune.reconstruct import Compensation, compensate, refit, streams
+from fxpress.passes.prune.reconstruct import Compensation, compensate, refit
 from fxpress.passes.prune.reconstruct.consumers import find_consumers
 from fxpress.runtime.data import Data
 from torch import Tensor, nn
@@ -300,7 +301,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_compensate import Net, compensated, images, third, traced
-from fxpress.passes.prune.reconstruct import streams
+from fxpress.passes.layerwise import streams
 seen = []
 check = streams._check
 streams._check = lambda found, index: (seen.append(len(next(iter(found[0].values())))), check(found, index))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fxpress.passes.layerwise.moments import SecondMoments
 from fxpress.passes.prune.reconstruct.least_squares import fit
-from fxpress.passes.prune.reconstruct.moments import SecondMoments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from ....ir.errors import DataError, ModelError
-from ....ir.graph import Graph
-from ....ir.groups import batch_size
-from ....ir.verify import evaluating
-from ....runtime.data import Inputs, Loader, images_in
-from ....runtime.forward import call, device_of
-from ...analyse.sharing import processes, share
-from ...analyse.streaming import limited
+from ...ir.errors import DataError, ModelError
+from ...ir.graph import Graph
+from ...ir.groups import batch_size
+from ...ir.verify import evaluating
+from ...runtime.data import Inputs, Loader, images_in
+from ...runtime.forward import call, device_of
+from ..analyse.sharing import processes, share
+from ..analyse.streaming import limited
 
 Tensors = dict[str, Tensor]
 Visit = Callable[[Tensors, Tensors], None]

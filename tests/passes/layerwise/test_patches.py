@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fxpress.passes.prune.reconstruct import patches
-from fxpress.passes.prune.reconstruct.patches import choose_positions, rows, weight_of_rows, weight_rows
+from fxpress.passes.layerwise import patches
+from fxpress.passes.layerwise.patches import choose_positions, rows, weight_of_rows, weight_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ....ir.graph import Graph
-from .consumers import Reading
+from ...ir.graph import Graph
+from .patches import Reading
 
 
 def set_weight(layer: Reading, weight: Tensor) -> None:

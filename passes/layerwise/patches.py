@@ -16,7 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .consumers import Reading
+Reading = _ConvNd | nn.Linear
+"""The layers whose outputs are rows times weights."""
 
 CHUNK = 4_000_000  # numbers of X that exist at a time
 
