@@ -6,7 +6,7 @@
 4096×4096: batch 1 and 8, one and two threads, warm and cold cache, fp32 in and out,
 quantising and packing of the activations included.
 Against torch, ONNX Runtime and OpenVINO in fp32 and int8 on the same layer; all are timed in turns in one process
-(`pq_timing`). The last row is the geometric mean of the convolutions' speed-up over the better int8 engine.
+(`timing`). The last row is the geometric mean of the convolutions' speed-up over the better int8 engine.
 With `--json` the file's rows of other cases are kept, so that a run can be made in parts by `--only`.
 """
 
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from .binary_layers import OURS, cases, measure_layer
 from .common import Row, header, read_rows, screen, write_rows
+from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings
-from .pq_layers import LOADS
-from .pq_rows import INT8, merged, table
+from .timed_rows import INT8, merged, table
 
 MEAN_GOAL = 4.0
 MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from ...runtime import kernels
 from ...runtime.layers import HalfWaveQuantizer
 from .common import Row
-from .pq_engines import Engine, relative_distance, torch_engine
-from .pq_layers import Load
-from .pq_peers import peer_engines, prepare_peers
-from .pq_rows import INT8, TORCH, Goals, rows_of
-from .pq_timing import Advance, Cache, take_turns
+from .engines import Engine, relative_distance, torch_engine
+from .loads import Load
+from .peer_engines import peer_engines, prepare_peers
+from .timed_rows import INT8, TORCH, Goals, rows_of
+from .timing import CACHES, Advance, take_turns
 
 OURS = "fxpress binary"
-CACHES: tuple[Cache, ...] = ("warm", "cold")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
     alpha = layer.weight.detach().abs().flatten(1).mean(1)
     with torch.no_grad():
         layer.weight.copy_(sign * alpha.view(-1, *[1] * (sign.dim() - 1)))
-    ours = torch_engine(OURS, "pq", Kernel(sign, alpha * quantizer.levels[0], quantizer), images)
+    ours = torch_engine(OURS, "fxpress", Kernel(sign, alpha * quantizer.levels[0], quantizer), images)
     files = prepare_peers(layer, quantizer(images), folder / f"{case.name}, batch {load.batch}")
     levels = quantizer(images)
     peers = [torch_engine(TORCH, "float", layer, levels), *peer_engines(files, levels, load.threads)]

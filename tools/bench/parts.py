@@ -16,9 +16,8 @@ from rich.progress import Progress
 
 from ...runtime import kernels
 from .common import Row, read_rows, write_rows
-from .pq_layers import CACHES
-from .pq_rows import merged
-from .pq_timing import Advance
+from .timed_rows import merged
+from .timing import CACHES, Advance
 
 ROUNDS, QUICK_ROUNDS = 21, 5
 

@@ -4,7 +4,7 @@
 
 Layers: FC 9216×4096, 4096×4096, 4096×1000 and a 3×3 convolution 256→384 on 13×13, batch 1 and 8, one and two threads,
 warm and cold cache, against torch, ONNX Runtime and OpenVINO in fp32 and int8. All engines of a case are timed in turns
-in one process (`pq_timing`), and the better int8 engine of each case is what fxpress is compared with.
+in one process (`timing`), and the better int8 engine of each case is what fxpress is compared with.
 
 Networks: torchvision's AlexNet and VGG-16 with every layer quantised, in the published settings and in faster ones
 (`pq_networks`): bytes of the file, time of an image, peak memory of a fresh process that loads the file and runs one
@@ -23,12 +23,12 @@ from functools import partial
 from pathlib import Path
 
 from .common import Row, header, screen, show
+from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings
-from .parts import wanted as wanted
 from .pq_cases import cases
-from .pq_layers import LOADS, measure_layer
+from .pq_layers import measure_layer
 from .pq_networks import NETWORKS, STORAGES, measure_memory, measure_network, measure_nodes, measure_size
-from .pq_rows import MEASURES, table
+from .timed_rows import MEASURES, table
 
 TABLES = {
     "Times; ratios: times faster": MEASURES,

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .common import Row
+from .engines import Engine, relative_distance, torch_engine
+from .loads import Load
+from .peer_engines import peer_engines, prepare_peers
 from .pq_cases import Case, Setting, dense_layer, random_layer
-from .pq_engines import Engine, relative_distance, torch_engine
-from .pq_peers import peer_engines, prepare_peers
-from .pq_rows import INT8, TORCH, Goals, rows_of
-from .pq_timing import Advance, Cache, take_turns
-
-CACHES: tuple[Cache, ...] = ("warm", "cold")
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked of a network: `batch` images on `threads` threads."""
-
-    batch: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
-LOADS = tuple(Load(batch, threads) for batch in (1, 8) for threads in (1, 2))
+from .timed_rows import INT8, TORCH, Goals, rows_of
+from .timing import CACHES, Advance, Cache, take_turns
 
 
 def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Advance) -> list[Row]:
@@ -48,7 +32,7 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
     dense = dense_layer(ours[case.settings[0]])
     files = prepare_peers(dense, images, folder / f"{case.name}, batch {load.batch}")
     peers = [torch_engine(TORCH, "float", dense, images), *peer_engines(files, images, load.threads)]
-    engines = [torch_engine(name_of(setting), "pq", layer, images) for setting, layer in ours.items()]
+    engines = [torch_engine(name_of(setting), "fxpress", layer, images) for setting, layer in ours.items()]
     distances = _distances(peers, dense, images)
     for engine, layer in zip(engines, ours.values(), strict=True):
         distances |= _distances([engine], dense_layer(layer), images)

@@ -19,14 +19,14 @@ from ...passes.compiled import Compiled, load
 from ...runtime import artifact
 from ...runtime.layers.pq_layer import PQLayer, Precision
 from .common import Row
+from .engines import Engine, relative_distance, torch_engine
+from .loads import Load
+from .node_times import profile
+from .peak_memory import Runner, peak_memory
+from .peer_engines import peer_engines, prepare_peers
 from .pq_cases import Tables
-from .pq_engines import Engine, relative_distance, torch_engine
-from .pq_layers import CACHES, Load
-from .pq_memory import Runner, peak_memory
-from .pq_peers import peer_engines, prepare_peers
-from .pq_profile import profile
-from .pq_rows import INT8, TORCH, Goals, rows_of
-from .pq_timing import Advance, take_turns
+from .timed_rows import INT8, TORCH, Goals, rows_of
+from .timing import CACHES, Advance, take_turns
 
 MB = 1e6
 SIZE = 224
@@ -189,7 +189,7 @@ def _ours(network: Network, folder: Path, seed: int, images: Tensor) -> Iterator
     for recipe in (PUBLISHED, FAST):
         for tables in recipe.tables:
             _, compiled = emitted(network, recipe, tables, seed, folder, images)
-            yield torch_engine(name_of(recipe, tables), "pq", compiled.module, images), compiled
+            yield torch_engine(name_of(recipe, tables), "fxpress", compiled.module, images), compiled
 
 
 def _choices(network: Network, asked: Load, engines: list[tuple[Engine, Compiled]]) -> list[Row]:

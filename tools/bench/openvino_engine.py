@@ -1,4 +1,4 @@
-"""OpenVINO as a peer of product quantization: int8 by NNCF, in latency mode; what stays float in fp32 or in bf16."""
+"""OpenVINO as a peer: int8 by NNCF, in latency mode; what stays float in fp32 or in bf16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .pq_engines import Engine
+from .engines import Engine
 
 Precision = Literal["f32", "bf16"]
 

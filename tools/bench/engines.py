@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["float", "int8", "pq"]
+Kind = Literal["float", "int8", "fxpress"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Engine:
 
     Args:
         name: engine and settings, as the table shows them.
-        kind: `float` and `int8` are peers, `pq` is fxpress.
+        kind: `float` and `int8` are peers.
         run: one call.
         output: one call, and what came out.
     """

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a peer of product quantization: fp32, and int8 in the settings that are fastest on x86.
+"""ONNX Runtime as a peer: fp32, and int8 in the settings that are fastest on x86.
 
 `quantize_static` with unsigned activations and signed per-channel weights (u8s8): the default, s8s8, takes two to three
 times as long on x86. `reduce_range` (7-bit weights) is what CPUs without VNNI need. `quantize_dynamic` takes the range
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .pq_engines import Engine
+from .engines import Engine
 
 Int8 = Literal["static", "static, 7 bit", "dynamic"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from .common import Row, pretty, verdict
-from .pq_engines import Engine
-from .pq_timing import Clock, Times
+from .engines import Engine
+from .timing import Clock, Times
 
 INT8, TORCH = "better int8", "torch fp32"
 Goals = dict[str, dict[str, float]]
@@ -52,7 +52,7 @@ class _Writer:
         self.case, self.engine = case, engine
 
     def __call__(self, measure: str, number: float, unit: str, goal: float | None = None) -> Row:
-        ours, metric = self.engine.kind == "pq", f"{self.engine.name} | {measure}"
+        ours, metric = self.engine.kind == "fxpress", f"{self.engine.name} | {measure}"
         value, peer = (number, None) if ours else (None, number)
         if goal is None:
             return Row(self.case, metric, value, unit, peer)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .common import Row
-from .pq_timing import Advance
+from .timing import Advance
 
 
 def profile(case: str, module: nn.Module, images: Tensor, rounds: int, advance: Advance) -> list[Row]:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .pq_engines import Engine
+from .engines import Engine
 
 Cache = Literal["warm", "cold"]
+CACHES: tuple[Cache, ...] = ("warm", "cold")
 Clock = Literal["cpu", "wall"]
 Advance = Callable[[], Any]
 

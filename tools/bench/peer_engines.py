@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from . import pq_onnxruntime, pq_openvino
-from .pq_engines import Engine
+from . import onnxruntime_engine, openvino_engine
+from .engines import Engine
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Files:
     """
 
     onnx: Path
-    onnx_int8: dict[pq_onnxruntime.Int8, Path]
+    onnx_int8: dict[onnxruntime_engine.Int8, Path]
     openvino: Path
     openvino_int8: Path
 
@@ -32,14 +32,14 @@ class Files:
 def prepare_peers(module: nn.Module, images: Tensor, folder: Path) -> Files:
     """Export and quantise the module for this batch; files that the folder holds already are taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    ways = {how: folder / f"{how}.onnx" for how in pq_onnxruntime.ways(module)}
+    ways = {how: folder / f"{how}.onnx" for how in onnxruntime_engine.ways(module)}
     files = Files(folder / "model.onnx", ways, folder / "model.xml", folder / "int8.xml")
     if not files.openvino_int8.exists():  # made last
-        pq_onnxruntime.export(module, images, files.onnx)
+        onnxruntime_engine.export(module, images, files.onnx)
         for how, target in ways.items():
-            pq_onnxruntime.quantise(files.onnx, images, target, how)
-        pq_openvino.convert(module, images, files.openvino)
-        pq_openvino.quantise(files.openvino, images, files.openvino_int8)
+            onnxruntime_engine.quantise(files.onnx, images, target, how)
+        openvino_engine.convert(module, images, files.openvino)
+        openvino_engine.quantise(files.openvino, images, files.openvino_int8)
     return files
 
 
@@ -47,9 +47,9 @@ def peer_engines(files: Files, images: Tensor, threads: int) -> Iterator[Engine]
     """ONNX Runtime and OpenVINO on these files; with more threads than one, ONNX Runtime also with spinning ones."""
     for spin in (False, True) if threads > 1 else (False,):
         label = ", spinning" if spin else ""
-        yield pq_onnxruntime.engine(f"ONNX Runtime fp32{label}", "float", files.onnx, images, threads, spin)
+        yield onnxruntime_engine.engine(f"ONNX Runtime fp32{label}", "float", files.onnx, images, threads, spin)
         for how, path in files.onnx_int8.items():
-            yield pq_onnxruntime.engine(f"ONNX Runtime int8 {how}{label}", "int8", path, images, threads, spin)
-    yield pq_openvino.engine("OpenVINO fp32", "float", files.openvino, images, threads, "f32")
-    yield pq_openvino.engine("OpenVINO int8", "int8", files.openvino_int8, images, threads, "f32")
-    yield pq_openvino.engine("OpenVINO int8, rest bf16", "int8", files.openvino_int8, images, threads, "bf16")
+            yield onnxruntime_engine.engine(f"ONNX Runtime int8 {how}{label}", "int8", path, images, threads, spin)
+    yield openvino_engine.engine("OpenVINO fp32", "float", files.openvino, images, threads, "f32")
+    yield openvino_engine.engine("OpenVINO int8", "int8", files.openvino_int8, images, threads, "f32")
+    yield openvino_engine.engine("OpenVINO int8, rest bf16", "int8", files.openvino_int8, images, threads, "bf16")
