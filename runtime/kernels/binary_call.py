@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,61 +146,89 @@ def empty_output(call: Call) -> Tensor:
     return torch.empty(call.out_shape(), dtype=call.dtype, device=call.x.device, memory_format=form)
 
 
-class _Layer(ctypes.Structure):
-    """`FxpressBinaryLayer` in csrc/binary.cpp."""
+@dataclass(frozen=True)
+class _Plan:
+    """What calls whose arguments look alike have in common: checked once, since Python would take as long as a layer.
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "threshold", "layout")),
-        *((name, ctypes.c_void_p) for name in ("scale", "bias", "residual", "cuts", "y")),
-        ("layout_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("outputs", "out_height", "out_width")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, ctypes.c_int32) for name in ("kind", "threshold_count", "threshold_per_channel")),
-        *((name, ctypes.c_int32) for name in ("residual_relu", "relu", "y_channels_last", "threads", "isa")),
-    )
+    Args:
+        shape: of y.
+        form: memory format of y.
+        in_form: memory format that x must have.
+        sizes: of `FxpressBinaryLayer` (csrc/binary.cpp) all behind the pointers.
+    """
+
+    shape: tuple[int, ...]
+    form: torch.memory_format
+    in_form: torch.memory_format
+    sizes: bytes
+
+
+_POINTERS = struct.Struct("8P")
+_SIZES = struct.Struct("=q4q3q8q8i")
+_plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 4096
 
 
 def run(call: Call) -> Tensor:
     """y, by the library.
 
     Raises:
-        KernelError: the layout or the values of the thresholds are not right.
+        KernelError: an argument is not right.
     """
     found = library.library()
     assert found is not None
-    if call.layout.dtype != torch.uint8 or call.layout.dim() != 1:
-        shape = tuple(call.layout.shape)
-        raise KernelError(f"A layout of binary weights is 1-D uint8, not {call.layout.dtype} {shape}")
-    y, last, of = empty_output(call), call.reads_last(), call.geometry
-    x = call.x.contiguous(memory_format=torch.channels_last if last and not call.linear else torch.contiguous_format)
-    layout, thresholds = call.layout.contiguous(), None if call.thresholds is None else call.thresholds.contiguous()
-    held, relus = _end(call, y)
-    sizes = (y.numel() // of.outputs, call.channels, 1, 1) if call.linear else tuple(x.shape)
-    out = (of.outputs, 1, 1) if call.linear else tuple(y.shape[1:])
-    layer = _Layer(
-        x.data_ptr(), _address(thresholds), layout.data_ptr(), *map(_address, held), y.data_ptr(), layout.numel(),
-        *sizes, *out, *(tuple(pair) for pair in of[1:5]), 2 if call.has_levels else int(last),
-        0 if thresholds is None else len(thresholds), thresholds is not None and thresholds.dim() == 2, *relus,
-        call.linear or call.writes_last(), torch.get_num_threads(), library.isa_number(),
+    x, layout, thresholds, end, geometry, linear = call
+    threads, isa = torch.get_num_threads(), library.isa_number()
+    if isinstance(end, Tensor):
+        tensors: tuple[Tensor | None, ...] = (thresholds, layout, None, None, None, end)
+        relus = (False, False)
+    else:
+        tensors, relus = (thresholds, layout, end.scale, end.bias, end.residual, None), (end.residual_relu, end.relu)
+    # x is told from its strides: whether it lies channels-last
+    key = (
+        x.shape, x.stride(), x.dtype, *map(_look, tensors), geometry.outputs, *geometry.kernel, *geometry.stride,
+        *geometry.padding, *geometry.dilation, geometry.groups, linear, relus, threads, isa,
     )  # fmt: skip
-    library.check(found.fxpress_binary_layer(ctypes.addressof(layer)))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _make_plan(call, relus, threads, isa)
+        if len(_plans) > _MOST_PLANS:
+            _plans.clear()
+    y = torch.empty(plan.shape, dtype=call.dtype, memory_format=plan.form)
+    x = x.contiguous(memory_format=plan.in_form)
+    held = [None if part is None else part.contiguous() for part in tensors]
+    if held[4] is not None and held[4].stride() != y.stride():
+        held[4] = torch.empty_like(y).copy_(held[4])
+    pointers = [0 if part is None else part.data_ptr() for part in held]
+    status = found.fxpress_binary_layer(_POINTERS.pack(x.data_ptr(), *pointers, y.data_ptr()) + plan.sizes)
+    if status:
+        library.check(status)
     return y
 
 
-def _end(call: Call, y: Tensor) -> tuple[tuple[Tensor | None, ...], tuple[bool, bool]]:
-    """Scale, bias, residual and cuts as the library reads them, and what is rectified."""
-    if isinstance(call.end, Tensor):
-        return (None, None, None, call.end.contiguous()), (False, False)
-    end = call.end
-    bias, residual = None if end.bias is None else end.bias.contiguous(), end.residual
-    if residual is not None and residual.stride() != y.stride():
-        residual = torch.empty_like(y).copy_(residual)
-    return (end.scale.contiguous(), bias, residual, None), (end.residual_relu, end.relu)
+def _look(tensor: Tensor | None) -> Any:
+    """All of a tensor that `check` looks at."""
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _make_plan(call: Call, relus: tuple[bool, bool], threads: int, isa: int) -> _Plan:
+    check(call)
+    layout, thresholds, of = call.layout, call.thresholds, call.geometry
+    if layout.dtype != torch.uint8 or layout.dim() != 1:
+        raise KernelError(f"A layout of binary weights is 1-D uint8, not {layout.dtype} {tuple(layout.shape)}")
+    shape, last = call.out_shape(), call.reads_last()
+    sizes = (math.prod(shape[:-1]), call.channels, 1, 1) if call.linear else tuple(call.x.shape)
+    out = (of.outputs, 1, 1) if call.linear else shape[1:]
+    packed = _SIZES.pack(
+        layout.numel(), *sizes, *out, *of.kernel, *of.stride, *of.padding, *of.dilation,
+        2 if call.has_levels else int(last), 0 if thresholds is None else len(thresholds),
+        thresholds is not None and thresholds.dim() == 2, *relus, call.linear or call.writes_last(), threads, isa,
+    )  # fmt: skip
+    forms = [
+        torch.channels_last if flag and not call.linear else torch.contiguous_format
+        for flag in (call.writes_last(), last)
+    ]
+    return _Plan(shape, forms[0], forms[1], packed)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -2,10 +2,9 @@
 
 A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little endian), then the payload.
 
-    SIX      [channel / 64][piece of groups][output / 64][ky][group][kx][64] bytes: six weights are an index
-             into a table of 64 sums (AVX-512). A block of 64 channels has 11 groups, a piece of them as many as add up
-             in a byte. Channel c of a block stands at code c % 22, and there at bit c / 22 + 3 (code % 2) of group
-             code / 2. Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
+    SIX      [piece of groups][output / 64][ky][group][kx][64] bytes: six weights are an index into a table of 64 sums
+             (AVX-512). Bit b of group g of G = ceil(channels / 6) belongs to channel b G + g. A piece has as many
+             groups as add up in a byte. Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
     PLANES   [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 bits, little endian:
              for kernels that count bits. One stream of memory serves four registers of outputs.
 """
@@ -16,18 +15,20 @@ import struct
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...ir.errors import KernelError
 
-MAGIC = b"FXPBIN01"
+MAGIC = b"FXPBIN02"
 HEADER_BYTES = 64
 SIX, PLANES = 1, 2
-GROUPS, CODES = 11, 22
 # blocks of eight outputs beside each other in PLANES
 BESIDE = 4
 # entries of a table are at most 18, so that this many fit a byte; sums fit 16 bits up to so many weights
-BYTE_SUMS, WORD_SUMS = 14, 32767 // 3
+BYTE_SUMS, WORD_SUMS = 255 // 18, 32767 // 3
+# most kernel rows of layout SIX
+TABLE_ROWS = 16
 _FORMAT = struct.Struct("<8s6I32x")
 _HINT = "Make it anew with fxpress.runtime.kernels.prepare_binary_conv2d or prepare_binary_linear"
 
@@ -63,8 +64,9 @@ class Header:
         if not all(1 <= size < 2**24 for size in sizes) or self.outputs % self.groups:
             return False
         terms = self.kh * self.kw * self.channels
-        if self.layout == SIX and not (self.groups == 1 and self.kw <= BYTE_SUMS and terms <= WORD_SUMS):
-            return False
+        if self.layout == SIX:
+            fits = self.kw <= BYTE_SUMS and self.kh <= TABLE_ROWS and terms <= WORD_SUMS
+            return self.groups == 1 and fits
         return self.kh * self.kw <= 2**12 and terms < 2**28
 
     @property
@@ -73,11 +75,22 @@ class Header:
         return -(-self.channels // 64)
 
     @property
+    def six_groups(self) -> int:
+        """Groups of six channels."""
+        return -(-self.channels // 6)
+
+    @property
+    def piece_sizes(self) -> list[int]:
+        """Groups of each piece of layout SIX."""
+        at_once, groups = BYTE_SUMS // self.kw, self.six_groups
+        return [min(at_once, groups - begin) for begin in range(0, groups, at_once)]
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes behind the header."""
         taps = self.kh * self.kw
         if self.layout == SIX:
-            return self.blocks * GROUPS * -(-self.outputs // 64) * taps * 64
+            return self.six_groups * -(-self.outputs // 64) * taps * 64
         return self.groups * -(-(self.outputs // self.groups) // 8) * taps * self.blocks * 64
 
     def to_bytes(self) -> Tensor:
@@ -107,42 +120,30 @@ def unpack(layout: Tensor) -> tuple[Header, Tensor]:
 
 
 def _six(header: Header, plus: Tensor) -> Tensor:
-    # (out, block, 64, kh, kw)
-    codes = _padded(plus, 64).unflatten(1, (-1, 64))  # type: ignore[no-untyped-call]
-    codes = torch.nn.functional.pad(codes, (0, 0, 0, 0, 0, 3 * CODES - 64))
-    codes = codes.unflatten(2, (3, GROUPS, 2))  # type: ignore[no-untyped-call]
-    weights = torch.tensor([[1 << (field + 3 * odd) for odd in range(2)] for field in range(3)])
-    index = (codes * weights[:, None, :, None, None]).sum((2, 4)).to(torch.uint8)  # (out, block, group, kh, kw)
-    index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, block, group, kh, kw)
-    index = index.permute(3, 4, 0, 5, 6, 2, 1)  # (block, group, out / 64, kh, kw, 32, half)
-    pieces = [piece.permute(0, 2, 3, 1, 4, 5, 6).flatten(1) for piece in index.split(_at_once(header), 1)]
-    return torch.cat(pieces, 1)
+    codes = _padded(plus, 6, 64).unflatten(1, (6, -1))  # type: ignore[no-untyped-call]
+    index = (codes * (1 << torch.arange(6))[:, None, None, None]).sum(1).to(torch.uint8)  # (out, group, kh, kw)
+    index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, group, kh, kw)
+    index = index.permute(0, 4, 3, 5, 2, 1)  # (out / 64, kh, group, kw, 32, half)
+    return torch.cat([piece.flatten() for piece in index.split(header.piece_sizes, 2)])
 
 
 def _from_six(header: Header, payload: Tensor) -> Tensor:
-    blocks, outputs = header.blocks, -(-header.outputs // 64)
-    sizes = [min(_at_once(header), GROUPS - begin) for begin in range(0, GROUPS, _at_once(header))]
-    per_group = outputs * header.kh * header.kw * 64
-    pieces = payload.view(blocks, -1).split([size * per_group for size in sizes], 1)  # type: ignore[no-untyped-call]
+    outputs = -(-header.outputs // 64)
+    pieces = payload.split([size * outputs * header.kh * header.kw * 64 for size in header.piece_sizes])  # type: ignore[no-untyped-call]
     shaped = [
-        piece.view(blocks, outputs, header.kh, size, header.kw, 32, 2).permute(0, 3, 1, 2, 4, 5, 6)
-        for piece, size in zip(pieces, sizes, strict=True)
+        piece.view(outputs, header.kh, size, header.kw, 32, 2)
+        for piece, size in zip(pieces, header.piece_sizes, strict=True)
     ]
-    index = torch.cat(shaped, 1).permute(2, 6, 5, 0, 1, 3, 4).flatten(0, 2)  # (out, block, group, kh, kw)
-    shifts = torch.tensor([[field + 3 * odd for odd in range(2)] for field in range(3)], dtype=torch.uint8)
-    bits = index[:, :, None, :, None] >> shifts[:, None, :, None, None] & 1  # (out, block, 3, group, 2, kh, kw)
-    channels = bits.flatten(2, 4)[:, :, :64].flatten(1, 2)
-    return channels[: header.outputs, : header.channels].bool()
-
-
-def _at_once(header: Header) -> int:
-    return min(GROUPS, BYTE_SUMS // header.kw)
+    index = torch.cat(shaped, 2).permute(0, 5, 4, 2, 1, 3).flatten(0, 2)  # (out, group, kh, kw)
+    shifts = torch.arange(6, dtype=torch.uint8)
+    found = (index[:, None] >> shifts[:, None, None, None] & 1).flatten(1, 2)  # (out, bit, group) -> channels
+    return found[: header.outputs, : header.channels].bool()
 
 
 def _planes(header: Header, plus: Tensor) -> Tensor:
     # (group, out, channel, tap)
     grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # type: ignore[no-untyped-call]
-    grouped = torch.nn.functional.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
+    grouped = F.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
     # (group, out / 8, 8, block, byte, bit, tap), and without the bits
     parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
     data: Tensor = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
@@ -166,6 +167,6 @@ def _from_planes(header: Header, payload: Tensor) -> Tensor:
     return plus
 
 
-def _padded(plus: Tensor, unit: int) -> Tensor:
-    """Outputs and channels filled up with -1 to whole blocks."""
-    return torch.nn.functional.pad(plus, (0, 0, 0, 0, 0, -plus.shape[1] % unit, 0, -plus.shape[0] % unit))
+def _padded(plus: Tensor, channels: int, outputs: int) -> Tensor:
+    """Channels and outputs filled up with -1 to multiples of these."""
+    return F.pad(plus, (0, 0, 0, 0, 0, -plus.shape[1] % channels, 0, -plus.shape[0] % outputs))

@@ -38,5 +38,5 @@ def _by_table(plus: Tensor, groups: int, stride: int) -> bool:
     if library.isas()[0] != "avx512" or plus.dim() != 4 or groups > 1 or stride > 2:
         return False
     outputs, channels, kh, kw = plus.shape
-    fits = kw <= layouts.BYTE_SUMS and kh * kw * channels <= layouts.WORD_SUMS
+    fits = kw <= layouts.BYTE_SUMS and kh <= layouts.TABLE_ROWS and kh * kw * channels <= layouts.WORD_SUMS
     return fits and outputs >= 16 and channels >= 16

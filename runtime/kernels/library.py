@@ -19,12 +19,12 @@ _ABI = 2
 # another build of the library to load, for example one with a sanitizer
 _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None
-# arguments of the functions: p a pointer, l an int64_t, i an int
-_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int}
+# arguments of the functions: p a pointer, s a pointer to a packed struct, l an int64_t, i an int
+_KINDS = {"p": ctypes.c_void_p, "s": ctypes.c_char_p, "l": ctypes.c_int64, "i": ctypes.c_int}
 _SIGNATURES = {
     "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
     "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
-    "fxpress_binary_layer": "p",
+    "fxpress_binary_layer": "s",
     "fxpress_int8_layer": "p",
 }
 

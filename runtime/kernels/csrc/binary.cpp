@@ -19,14 +19,14 @@ uint32_t word(const uint8_t* data) {
 }
 
 int64_t payload_bytes(const BinaryLayout& layout) {
-    if (layout.id == SIX) return layout.blocks() * GROUPS * ceil_div(layout.outputs, 64) * layout.taps() * 64;
+    if (layout.id == SIX) return six_groups(layout) * ceil_div(layout.outputs, 64) * layout.taps() * 64;
     return layout.groups * ceil_div(layout.outputs_per_group(), 8) * layout.taps() * layout.blocks() * 64;
 }
 
 }  // namespace
 
 int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
-    if (!data || bytes < BINARY_HEADER || memcmp(data, "FXPBIN01", 8) != 0)
+    if (!data || bytes < BINARY_HEADER || memcmp(data, "FXPBIN02", 8) != 0)
         return fail(BAD_LAYOUT, "Not a layout of binary weights: %lld bytes without its mark", (long long)bytes);
     uint32_t* const numbers[] = {&layout->id, &layout->groups, &layout->outputs, &layout->channels, &layout->kh,
                                  &layout->kw};
@@ -38,7 +38,9 @@ int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
     layout->payload = data + BINARY_HEADER;
     sane = sane && (layout->id == SIX || layout->id == PLANES) && layout->outputs % layout->groups == 0 &&
            layout->taps() <= MOST_TAPS && layout->terms() < (int64_t(1) << 28);
-    if (sane && layout->id == SIX) sane = layout->groups == 1 && layout->kw <= BYTE_SUMS && layout->terms() <= WORD_SUMS;
+    if (sane && layout->id == SIX)
+        sane = layout->groups == 1 && layout->kw <= BYTE_SUMS && layout->kh <= TABLE_ROWS &&
+               layout->terms() <= WORD_SUMS;
     if (sane && payload_bytes(*layout) == bytes - BINARY_HEADER) return OK;
     return fail(BAD_LAYOUT,
                 "A layout of binary weights whose header does not fit its %lld bytes: layout %u, %u groups, %u outputs, "
@@ -48,13 +50,13 @@ int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
 
 namespace {
 
-// Byte and bit of one weight of layout SIX.
+// One weight of layout SIX.
 bool is_plus(const BinaryLayout& layout, int64_t output, int64_t tap, int64_t channel) {
-    const int64_t kw = layout.kw, ky = tap / kw, kx = tap % kw, within = channel % 64, code = within % CODES;
-    const int64_t group = code / 2, bit = within / CODES + 3 * (code % 2), at_once = least(GROUPS, BYTE_SUMS / kw);
-    const int64_t begin = group / at_once * at_once, count = least(GROUPS, begin + at_once) - begin;
+    const int64_t kw = layout.kw, ky = tap / kw, kx = tap % kw, at_once = six_at_once(layout);
+    const int64_t group = channel % six_groups(layout), bit = channel / six_groups(layout);
+    const int64_t begin = group / at_once * at_once, count = least(six_groups(layout), begin + at_once) - begin;
     const int64_t lane = output % 64 < 32 ? 2 * (output % 32) : 2 * (output % 32) + 1;
-    const int64_t piece = (channel / 64 * GROUPS + begin) * ceil_div(layout.outputs, 64) * layout.taps();
+    const int64_t piece = begin * ceil_div(layout.outputs, 64) * layout.taps();
     const int64_t row = (output / 64 * layout.kh + ky) * count * kw + (group - begin) * kw + kx;
     return layout.payload[(piece + row) * 64 + lane] >> bit & 1;
 }
@@ -301,7 +303,7 @@ int binary_layer(const BinaryCall& given, int isa) {
     if (!status) status = make_edges(&call);
     if (status || !call.batch) return status;
 #if defined(FX_HAVE_AVX512)
-    if (isa >= AVX512 && can_run(AVX512) && call.layout.id == SIX && call.stride[1] <= 2)
+    if (isa >= AVX512 && can_run(AVX512) && call.layout.id == SIX)
         return binary_table_avx512(call);
 #endif
     if (call.layout.id == SIX) status = unpack(&call.layout);
@@ -310,7 +312,7 @@ int binary_layer(const BinaryCall& given, int isa) {
 
 }  // namespace fx
 
-// One call of a layer; mirrored field by field in binary_call.py.
+// One call of a layer; binary_call.py packs the same fields.
 struct FxpressBinaryLayer {
     const void* x;
     const float* threshold;

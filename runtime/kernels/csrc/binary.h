@@ -11,18 +11,15 @@
 namespace fx {
 
 enum BinaryLayoutId : uint32_t {
-    SIX = 1,     // [channel / 64][piece of 14 / kw groups of 6 channels][output / 64][ky][group][kx][64]: table indices
+    SIX = 1,     // [piece of groups][output / 64][ky][group][kx][64] indices into tables of groups of six channels
     PLANES = 2,  // [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 weight bits
 };
 
 constexpr int64_t BINARY_HEADER = 64;
-constexpr int64_t BESIDE = 4;   // blocks of eight outputs that lie beside each other in PLANES, fewer at the end
-constexpr int64_t GROUPS = 11;  // groups of six channels that hold a block of 64
-constexpr int64_t CODES = 22;   // bytes for these 64 levels: byte t has the channels t, t + 22 and t + 44
-// 18 is the largest entry of a table: so many fit a byte
-constexpr int64_t BYTE_SUMS = 14;
+constexpr int64_t BESIDE = 4;       // blocks of eight outputs that lie beside each other in PLANES, fewer at the end
 // |2 S - X| fits 16 bits up to here
 constexpr int64_t WORD_SUMS = 32767 / 3;
+constexpr int64_t TABLE_ROWS = 16;  // most kernel rows of layout SIX
 
 struct BinaryLayout {
     uint32_t id = 0, groups = 0, outputs = 0, channels = 0, kh = 0, kw = 0;  // channels of one group
@@ -33,6 +30,13 @@ struct BinaryLayout {
     int64_t outputs_per_group() const { return outputs / groups; }
     int64_t terms() const { return taps() * channels; }
 };
+
+// Of layout SIX: groups, and those of a piece, whose look-ups for one kernel row add up in a byte.
+constexpr int64_t BYTE_SUMS = 255 / 18;
+static inline int64_t six_groups(const BinaryLayout& layout) { return ceil_div(layout.channels, 6); }
+static inline int64_t six_at_once(const BinaryLayout& layout) {
+    return least(six_groups(layout), BYTE_SUMS / layout.kw);
+}
 
 // Where the words of a block of eight outputs of one group lie in PLANES, and how far apart they are.
 struct PlanesPlace {
@@ -47,7 +51,6 @@ struct PlanesPlace {
 struct BinaryEdges {
     const float *edges, *flip;  // flip is null where one set of three edges serves all channels
     int64_t step;               // channels, or 0 where one set serves them all
-
 };
 
 static inline unsigned level_of(const BinaryEdges& at, float x, int64_t channel) {
@@ -95,7 +98,7 @@ int binary_layer(const BinaryCall& call, int isa);
 // OK or NO_MEMORY.
 using BinaryRun = int(const BinaryCall& call);
 
-// By table: layout SIX, kw <= BYTE_SUMS, at most WORD_SUMS terms.
+// By table: layout SIX.
 extern BinaryRun* const binary_table_avx512;
 
 // Functions of the popcount kernel for one instruction set.

@@ -1,0 +1,162 @@
+// Convolution by tables: sums -> float32 or levels.
+#include "binary_table_avx512.h"
+
+namespace fx {
+namespace table {
+namespace {
+
+// What a tile leaves, S[o] + 256 S[o + 32] and S[o + 32] -> 2 S - X of 64 outputs in order, X of the whole window.
+FX_INLINE void settle(uint16_t* sums, int16_t window) {
+    __m512i* at = reinterpret_cast<__m512i*>(sums);
+    const __m512i odd = _mm512_load_si512(at + 1), minus = _mm512_set1_epi16(window);
+    const __m512i even = _mm512_sub_epi16(_mm512_load_si512(at), _mm512_slli_epi16(odd, 8));
+    _mm512_store_si512(at, _mm512_sub_epi16(_mm512_slli_epi16(even, 1), minus));
+    _mm512_store_si512(at + 1, _mm512_sub_epi16(_mm512_slli_epi16(odd, 1), minus));
+}
+
+// Of 16 outputs.
+struct Scales {
+    __m512 scale, bias;
+    __mmask16 mask;
+
+    Scales(const BinaryCall& call, int64_t output) {
+        const int64_t count = most(0, least(16, int64_t(call.layout.outputs) - output));
+        mask = __mmask16((1u << count) - 1);
+        scale = _mm512_maskz_loadu_ps(mask, call.scale + output);
+        bias = call.bias ? _mm512_maskz_loadu_ps(mask, call.bias + output) : _mm512_setzero_ps();
+    }
+    FX_INLINE __m512 operator()(const uint16_t* sums) const {
+        const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(sums));
+        return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(words)), scale), bias);
+    }
+};
+
+// What comes after scale and bias; the place `at` of y is that of the residual. NaN stays NaN.
+FX_INLINE __m512 ended(const BinaryCall& call, __m512 y, const float* at, __mmask16 mask) {
+    const __m512 zero = _mm512_setzero_ps();
+    if (call.residual) {
+        const __m512 residual = _mm512_maskz_loadu_ps(mask, call.residual + (at - static_cast<const float*>(call.y)));
+        y = _mm512_add_ps(y, call.residual_relu ? _mm512_max_ps(zero, residual) : residual);
+    }
+    return call.relu ? _mm512_max_ps(zero, y) : y;
+}
+
+FX_INLINE void transpose(__m512* v) {
+    __m512 t[16];
+    FX_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    FX_UNROLL
+    for (int i = 0; i < 16; i += 4) FX_UNROLL for (int j = 0; j < 2; j++) {
+        const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+        v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+    FX_UNROLL
+    for (int half = 0; half < 16; half += 8) FX_UNROLL for (int j = 0; j < 4; j++) {
+        t[half + j] = _mm512_shuffle_f32x4(v[half + j], v[half + j + 4], 0x88);
+        t[half + j + 4] = _mm512_shuffle_f32x4(v[half + j], v[half + j + 4], 0xdd);
+    }
+    FX_UNROLL
+    for (int j = 0; j < 8; j++) {
+        v[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+        v[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+// 64 outputs -> (outputs, pixels)
+void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
+    const BinaryCall& call = of.job.call;
+    const int64_t outputs = call.layout.outputs, step = call.out_pixels();
+    float* to = static_cast<float*>(call.y) + (of.job.first + of.image) * outputs * step + of.place;
+    for (int64_t o = 64 * block; o < least(outputs, 64 * block + 64); o += 16) {
+        const Scales scales(call, o);
+        const int64_t rows = least(16, outputs - o);
+        for (int64_t x = 0; x < of.pixels; x += 16) {
+            __m512 v[16];
+            const int64_t pixels = least(16, of.pixels - x);
+            const uint16_t* from = sums + x * 64 + o % 64;
+            if (pixels == 16) {
+                FX_UNROLL
+                for (int i = 0; i < 16; i++) v[i] = scales(from + 64 * i);
+            } else {
+                FX_UNROLL
+                for (int i = 0; i < 16; i++) v[i] = scales(from + 64 * least(i, pixels - 1));
+            }
+            transpose(v);
+            const __mmask16 mask = __mmask16((1u << pixels) - 1);
+            float* at = to + o * step + x;
+            if (rows == 16) {
+                FX_UNROLL
+                for (int i = 0; i < 16; i++)
+                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
+            } else {
+                for (int64_t i = 0; i < rows; i++)
+                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
+            }
+        }
+    }
+}
+
+// 64 outputs -> channels-last
+void write_pixels(const Finished& of, int64_t block, const uint16_t* sums) {
+    const BinaryCall& call = of.job.call;
+    const int64_t outputs = call.layout.outputs;
+    const int64_t pixel = (of.job.first + of.image) * call.out_pixels() + of.place;
+    for (int64_t o = 64 * block; o < least(outputs, 64 * block + 64); o += 16) {
+        const Scales scales(call, o);
+        const uint16_t* from = sums + o % 64;
+        float* to = static_cast<float*>(call.y) + pixel * outputs + o;
+        for (int64_t x = 0; x < of.pixels; x++, to += outputs)
+            _mm512_mask_storeu_ps(to, scales.mask, ended(call, scales(from + 64 * x), to, scales.mask));
+    }
+}
+
+// 32 cuts of 32 bits -> words; what lies beyond any sum stays beyond it.
+FX_INLINE __m512i cut_words(const int32_t* from, int64_t count) {
+    const int64_t rest = most(0, least(32, count));
+    const uint32_t bits = rest == 32 ? 0xffffffffu : (1u << rest) - 1;
+    const __m256i low = _mm512_cvtsepi32_epi16(_mm512_maskz_loadu_epi32(__mmask16(bits), from));
+    const __m256i high = _mm512_cvtsepi32_epi16(_mm512_maskz_loadu_epi32(__mmask16(bits >> 16), from + 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+void write_levels(const Finished& of, int64_t block, const uint16_t* sums) {
+    const BinaryCall& call = of.job.call;
+    const int64_t outputs = call.layout.outputs;
+    const int64_t pixel = (of.job.first + of.image) * call.out_pixels() + of.place;
+    for (int64_t half = 0; half < 2; half++) {
+        const int64_t o = 64 * block + 32 * half, count = least(32, outputs - o);
+        if (count <= 0) continue;
+        const __mmask32 mask = count == 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+        __m512i at[3];
+        for (int i = 0; i < 3; i++) at[i] = cut_words(call.cuts + i * outputs + o, count);
+        const uint16_t* from = sums + 32 * half;
+        uint8_t* to = static_cast<uint8_t*>(call.y) + pixel * outputs + o;
+        for (int64_t x = 0; x < of.pixels; x++) {
+            const __m512i sum = _mm512_load_si512(from + 64 * x), one = _mm512_set1_epi16(1);
+            __m512i level = _mm512_maskz_mov_epi16(_mm512_cmpge_epi16_mask(sum, at[0]), one);
+            level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sum, at[1]), level, one);
+            level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sum, at[2]), level, one);
+            const __m256i bytes = _mm512_cvtepi16_epi8(level);
+            if (count == 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + x * outputs), bytes);
+            else _mm256_mask_storeu_epi8(to + x * outputs, mask, bytes);
+        }
+    }
+}
+
+}  // namespace
+
+void write(const Finished& of) {
+    const BinaryCall& call = of.job.call;
+    for (int64_t block = of.first; block < of.last; block++) {
+        uint16_t* sums = of.sums + (block - of.first) * of.block_step;
+        for (int64_t x = 0; x < of.pixels; x++) settle(sums + 64 * x, of.windows[x]);
+        (call.cuts ? write_levels : call.y_channels_last ? write_pixels : write_channels)(of, block, sums);
+    }
+}
+
+}  // namespace table
+}  // namespace fx
