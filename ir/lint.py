@@ -40,11 +40,11 @@ def _lint_tensors(modules: dict[str, nn.Module], used: set[str]) -> None:
 
 def _lint_layer(node: fx.Node, layer: nn.Module) -> None:
     """A layer reads as many channels as its input has and writes as many as its node's shape says."""
-    source, spec = node.args[0], node.meta["spec"]
+    source, made = node.args[0], getattr(node.meta["spec"], "shape", None)
     given = getattr(source.meta.get("spec"), "shape", None) if isinstance(source, fx.Node) else None
-    if given is None:
+    if given is None or made is None:  # no tensor, or several
         return
-    for attribute, shape in (("in", given), ("out", spec.shape)):
+    for attribute, shape in (("in", given), ("out", made)):
         stated, actual = _stated(layer, attribute, shape)
         if stated != actual:
             raise GraphError(

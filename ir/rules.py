@@ -80,6 +80,7 @@ LAYERS: dict[str, LayerRule] = {
     "BinaryLinear": producers.linear_layer,
     "PQLinear": quantized.product_quantized_linear,
     "PQConv2d": quantized.product_quantized_convolution,
+    "BinaryNetwork": quantized.binary_network,
     **_rows(_BATCH, "BatchNorm{}d InstanceNorm{}d", suffixes=(1, 2, 3)),
     "GroupNorm": norms.group_norm_layer,
     **_rows(norms.layer_norm_layer, "LayerNorm RMSNorm"),

@@ -60,12 +60,15 @@ class PassResult:
         distance: the distance that the pass proved or measured itself (masked against cut), relative max-norm;
             None lets the pipeline measure output against output.
         metrics: further numbers for the report and for other programs (JSON values), e.g. the loss per epoch.
+        proven: whether an exact pass has proven itself, in a way that suits it better than equal outputs, which are
+            then measured and reported alone: quantizers turn rounding into steps.
     """
 
     notes: list[str] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
     distance: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    proven: bool = False
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def check_finite(module: nn.Module) -> None:
 
 
 def _verify(one: Pass, before: Graph, graph: Graph, result: PassResult) -> None:
-    if one.meaning() is EXACT:
+    if one.meaning() is EXACT and not result.proven:
         result.distance = prove_equal(before, graph)
-    elif one.meaning() is LOSSY:
+    elif one.meaning() is LOSSY or result.proven:
         moved = distance(run(before), run(graph))
         result.metrics["output_distance"] = moved
         result.distance = moved if result.distance is None else result.distance

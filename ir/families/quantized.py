@@ -5,6 +5,8 @@ drops them with their codebook (dimension 0) and their indices (dimension 1). Wh
 behind a flatten whose positions per channel are no multiple of d, it ties these channels. Outputs are fresh atoms, one
 column of the indices (dimension 2) and one entry of the bias each.
 
+A packed binary network (`BinaryNetwork`) has nothing that could be cut any more: it pins what it reads.
+
 The layers are those of fxpress.runtime.layers, which this package may not import; they come by name (`rules.LAYERS`).
 """
 
@@ -18,7 +20,7 @@ import torch
 from scipy.sparse import csgraph, csr_matrix
 from torch import Tensor, fx
 
-from ..labels import Labels, Term, along, channel_vector, collapse, varies, varying
+from ..labels import Labels, Term, along, channel_vector, collapse, unlabelled, varies, varying
 from ..nodes import operand, shape_of
 from .producers import data_input
 
@@ -57,6 +59,15 @@ def product_quantized_convolution(labels: Labels, node: fx.Node, layer: Any, pat
     _write(labels, layer, path, written)
     _count(labels, node, layer, x.shape, shape, (spaces, fresh))
     return along(written, channel, shape)
+
+
+def binary_network(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:  # noqa: ARG001
+    """BinaryNetwork: its weights are bits in one tensor, its norms integers."""
+    for source in node.all_input_nodes:
+        labels.pin(labels.read(source), "is read by a packed binary network: cut before `emit`")
+    labels.readers[node] = tuple(node.all_input_nodes)
+    labels.terms.append(Term(node, layer.macs([shape_of(source) for source in node.all_input_nodes]), ()))
+    return unlabelled(node.meta["spec"])
 
 
 def _read(labels: Labels, layer: Any, path: str, read: Tensor) -> Tensor:

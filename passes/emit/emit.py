@@ -8,11 +8,14 @@ from torch import nn
 
 from ...ir.graph import Graph
 from ...ir.verify import prove_equal
+from ...runtime.layers import HalfWaveQuantizer
 from ..base import EXACT, LOSSY, Context, Pass, PassResult, Semantics
 from ..batch import example_batch
 from ..clone import clone_graph
 from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
+from .binary import pack_binary, settle_latent
+from .binary_proof import prove_folded
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
 
@@ -36,6 +39,13 @@ class Emit(Pass):
     outputs: `emit` is then a lossy pass, everything else that it does is proven before, and the distance is reported
     for each layer and for the network.
 
+    Binary layers, the batch norms, quantizers, pools and sums between them become packed networks (`binary`): one bit
+    for each weight, norms and quantizers folded to whole numbers that sums are compared with, one call for each one.
+    The latent weights are gone with that: such a network trains no more. Equality is proven step by step in double
+    precision, and holds but for levels whose value lies on a threshold, where rounding decides; the outputs of whole
+    networks can differ by such levels. Binary layers that no packed network can hold keep their place, and a file
+    keeps their weights as bits too.
+
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.
     """
@@ -52,13 +62,18 @@ class Emit(Pass):
     tables: Tables = "fp32"
     """Numbers in the tables of layers that run by table; other than fp32 they change the outputs."""
 
+    binary: Literal["packed", "off"] = "packed"
+    """Whether binary layers are packed, or stay as they can be trained."""
+
     def meaning(self) -> Semantics:
         """Lossy where tables are quantised, exact otherwise."""
         return EXACT if self.tables == "fp32" else LOSSY
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Fold, drop, prove, lay out and choose kernels."""
-        before = clone_graph(graph) if context.verify and self.meaning() is LOSSY else None
+        """Fold, drop, prove, pack, lay out and choose kernels."""
+        levels = any(isinstance(layer, HalfWaveQuantizer) for layer in graph.module.modules())
+        alone = self.meaning() is LOSSY or levels
+        before = clone_graph(graph) if context.verify and alone else None
         masks, _ = fold_masks(graph, self.name)  # those between a layer and its batch norm
         result = FoldBatchnorm().run(graph, context)
         more, skips = fold_masks(graph, self.name)
@@ -66,11 +81,26 @@ class Emit(Pass):
         result.skips += skips
         dropouts = remove_dropout(graph, self.name)
         if before is not None:
-            result.metrics["exact_distance"] = prove_equal(before, graph)
+            result.metrics["exact_distance"] = (
+                prove_folded(before, graph).distance if levels else prove_equal(before, graph)
+            )
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
+        self._pack(graph, context, result)
+        result.proven = levels
         self._tell(self._lay_out(graph, context), result)
         return result
+
+    def _pack(self, graph: Graph, context: Context, result: PassResult) -> None:
+        if self.binary == "off":
+            return
+        packing = pack_binary(graph, verify=context.verify, author=self.name)
+        left = {node.name for node in graph.nodes}
+        result.skips = [skip for skip in result.skips if skip.node in left]  # norms that were not folded are packed now
+        packing.tell(result)
+        rest = settle_latent(graph)
+        if rest:
+            result.notes.append(f"latent weights of {rest} other binary layers became their values")
 
     def _lay_out(self, graph: Graph, context: Context) -> Choice:
         batch = example_batch(graph, context.inputs)

@@ -9,11 +9,13 @@ Importing the package registers the operators:
 x and codebook (M, K, d) are float32, `layout` comes from `prepare_linear` or `prepare_conv2d`, bias may be None, tables
 is "fp32", "int16" or "int8" (`reference.py` has the formulas). No gradients: a layer that trains decodes its weight.
 8-bit layers: `int8_conv2d`, `int8_linear` (`int8_ops.py`).
-Layers with one-bit weights: `binary_conv2d`, `binary_linear`, and both with levels for output (`binary_ops.py`).
+Layers with one-bit weights: `binary_conv2d`, `binary_linear`, and both with levels for output (`binary_ops.py`);
+whole networks of them in one call: `binary_network` (`network_ops.py`).
 """
 
 from . import binary_ops as binary_ops
 from . import int8_ops as int8_ops
+from . import network_ops as network_ops
 from . import ops as ops
 from .binary_prepare import prepare_binary_conv2d as prepare_binary_conv2d
 from .binary_prepare import prepare_binary_linear as prepare_binary_linear

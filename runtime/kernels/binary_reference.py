@@ -46,7 +46,7 @@ def levels_of(x: Tensor, thresholds: Tensor | None, dim: int) -> Tensor:
     edges = thresholds if thresholds.dim() == 2 else thresholds[:, None]
     flip = torch.where((edges[0] > edges[-1]) & (thresholds.dim() == 2), -1.0, 1.0)
     edges = edges * flip
-    if not bool((edges.diff(dim=0) >= 0).all()) or bool(edges.isnan().any()):
+    if not bool((edges[1:] >= edges[:-1]).all()) or bool(edges.isnan().any()):
         raise KernelError(
             "Thresholds of a binary layer must ascend (or descend, where each channel has its own): "
             f"they begin with {thresholds.flatten()[:3].tolist()}"

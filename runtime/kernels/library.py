@@ -26,6 +26,7 @@ _SIGNATURES = {
     "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
     "fxpress_binary_layer": "s",
     "fxpress_int8_layer": "p",
+    "fxpress_binary_network": "pl" + "pl" + "ppl" + "ppl" + "ii",
 }
 
 

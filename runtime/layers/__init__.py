@@ -3,6 +3,7 @@
 from .binary_conv2d import BinaryConv2d as BinaryConv2d
 from .binary_layer import BinaryLayer as BinaryLayer
 from .binary_linear import BinaryLinear as BinaryLinear
+from .binary_network import BinaryNetwork as BinaryNetwork
 from .channel_mask import ChannelMask as ChannelMask
 from .half_wave_quantizer import HalfWaveQuantizer as HalfWaveQuantizer
 from .pq_conv2d import PQConv2d as PQConv2d
