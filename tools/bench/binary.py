@@ -1,25 +1,30 @@
 """How fast are layers of one-bit weights and two-bit activations? Layers against int8 engines.
 
-    python -m fxpress.tools.bench.binary [--quick] [--only GLOB ...] [--json FILE]
+    python -m fxpress.tools.bench.binary [--quick] [--only GLOB ...] [--larq PYTHON] [--json FILE]
 
 3×3 convolutions of 64 channels on 56×56, 128 on 28×28, 256 on 14×14, 512 on 7×7, and a fully connected layer
 4096×4096: batch 1 and 8, one and two threads, warm and cold cache, fp32 in and out,
 quantising and packing of the activations included.
 Against torch, ONNX Runtime and OpenVINO in fp32 and int8 on the same layer; all are timed in turns in one process
-(`timing`). The last row is the geometric mean of the convolutions' speed-up over the better int8 engine.
+(`timing`). With `--larq`, the convolutions also against Larq Compute Engine, whose weights and activations have one bit
+each; PYTHON is that of an environment of its own (`larq_engine` says how to make it). The last row is the geometric
+mean of the convolutions' speed-up over the better int8 engine.
 With `--json` the file's rows of other cases are kept, so that a run can be made in parts by `--only`.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from ...ir.errors import FxpressError
 from .binary_layers import OURS, cases, measure_layer
 from .common import Row, header, read_rows, screen, write_rows
+from .larq_engine import Larq, running
 from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings
 from .timed_rows import INT8, merged, table
@@ -29,11 +34,27 @@ MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
 
 
 def main() -> None:
-    """Run the parts asked for; print the table; write the rows after each part."""
-    options = parsed(parser(__doc__, "two layers, batch 1, one thread, few rounds", "'FC', 'conv*batch 8'"))
-    with tempfile.TemporaryDirectory(prefix="fxpress-") as folder:
-        chosen = choose(jobs(Path(folder), options.rounds, quick=options.quick), options.only)
+    """Parse the command line; run the parts asked for, each written when it is done; print the table."""
+    arguments = parser(__doc__, "two layers, batch 1, one thread, few rounds", "'FC', 'conv*batch 8'")
+    arguments.add_argument("--larq", type=Path, metavar="PYTHON", help="of an environment with larq-compute-engine")
+    options = parsed(arguments)
+    try:
+        run(options)
+    except FxpressError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, write and print.
+
+    Raises:
+        FxpressError: what `--larq` names cannot run.
+    """
+    with tempfile.TemporaryDirectory(prefix="fxpress-") as folder, running(options.larq) as larq:
+        chosen = choose(jobs(Path(folder), options.rounds, larq, quick=options.quick), options.only)
         rows = [header(options.seed), Row("header", "settings", settings(options.rounds))]
+        if larq is not None:
+            rows.append(Row("header", "larq", larq.versions()))
         rows = run_jobs(chosen, rows, options.json)
     kept = read_rows(options.json) if options.json else rows
     if options.json:
@@ -41,18 +62,19 @@ def main() -> None:
     screen().print(table([*rows, *mean_row(kept)], "Binary layers against other engines; ratios: times faster"))
 
 
-def jobs(folder: Path, rounds: int, *, quick: bool) -> Iterator[Job]:
+def jobs(folder: Path, rounds: int, larq: Larq | None, *, quick: bool) -> Iterator[Job]:
     """All parts in order; `quick`: two layers, batch 1, one thread.
 
     Args:
         folder: keeps the files of the other engines from part to part.
         rounds: of a warm measurement.
+        larq: runs the convolutions as well, if it is there.
         quick: whether the short form is wanted.
     """
     turns = rounds + -(-rounds // 2)
     for case in cases(quick=quick):
         for load in LOADS[:1] if quick else LOADS:
-            yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds), turns)
+            yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds, larq), turns)
 
 
 def mean_row(rows: Iterable[Row]) -> list[Row]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 
 from ...runtime import kernels
 from ...runtime.layers import HalfWaveQuantizer
+from . import larq_engine
 from .common import Row
-from .engines import Engine, relative_distance, torch_engine
+from .engines import Engine, double_distances, torch_engine
+from .larq_engine import Larq
 from .loads import Load
 from .peer_engines import peer_engines, prepare_peers
 from .timed_rows import INT8, TORCH, Goals, rows_of
@@ -94,12 +95,13 @@ class Kernel(nn.Module):
         )
 
 
-def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Advance) -> list[Row]:
+def measure_layer(case: Case, load: Load, folder: Path, rounds: int, larq: Larq | None, advance: Advance) -> list[Row]:
     """Rows of one layer under one load, warm and cold; the peers run the layer with the weights ±α, dense.
 
     Args:
         folder: keeps the files of the other engines from one load to the next.
         rounds: of a warm measurement; a cold one takes half as many.
+        larq: runs convolutions too, warm, if it is there.
         advance: called after each round.
     """
     torch.manual_seed(load.batch)
@@ -115,19 +117,16 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
     levels = quantizer(images)
     peers = [torch_engine(TORCH, "float", layer, levels), *peer_engines(files, levels, load.threads)]
     engines = [ours, *peers]
-    distances = _distances(engines, layer, levels)
+    distances = double_distances(engines, layer, levels)
+    apart: list[Engine] = []
+    if larq is not None and isinstance(layer, nn.Conv2d):
+        apart = larq.engines(layer, levels, load.threads)
+        distances |= larq_engine.distances(apart, layer, levels)
     rows = []
     for cache in CACHES:
-        times = take_turns(engines, rounds if cache == "warm" else -(-rounds // 2), cache, advance)
+        timed = [*engines, *apart] if cache == "warm" else engines
+        times = take_turns(timed, rounds if cache == "warm" else -(-rounds // 2), cache, advance)
         goals: Goals = {OURS: case.goals.get(cache, {})} if (load.batch, load.threads) == (1, 1) else {}
-        rows += rows_of(f"{case.name}, {load}, {cache}", engines, times, distances, goals, load.threads)
+        rows += rows_of(f"{case.name}, {load}, {cache}", timed, times, distances, goals, load.threads)
     gc.collect()
     return rows
-
-
-def _distances(engines: Sequence[Engine], dense: nn.Module, images: Tensor) -> dict[str, float]:
-    """Relative max-norm of each engine's output to that of the dense layer in double precision."""
-    with torch.inference_mode():
-        expected = dense.double()(images.double())
-        dense.float()
-    return {engine.name: relative_distance(expected, engine.output()) for engine in engines}

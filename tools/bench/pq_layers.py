@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from .common import Row
-from .engines import Engine, relative_distance, torch_engine
+from .engines import double_distances, torch_engine
 from .loads import Load
 from .peer_engines import peer_engines, prepare_peers
 from .pq_cases import Case, Setting, dense_layer, random_layer
@@ -33,9 +32,9 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
     files = prepare_peers(dense, images, folder / f"{case.name}, batch {load.batch}")
     peers = [torch_engine(TORCH, "float", dense, images), *peer_engines(files, images, load.threads)]
     engines = [torch_engine(name_of(setting), "fxpress", layer, images) for setting, layer in ours.items()]
-    distances = _distances(peers, dense, images)
+    distances = double_distances(peers, dense, images)
     for engine, layer in zip(engines, ours.values(), strict=True):
-        distances |= _distances([engine], dense_layer(layer), images)
+        distances |= double_distances([engine], dense_layer(layer), images)
     rows = []
     for cache in CACHES:
         times = take_turns([*engines, *peers], rounds if cache == "warm" else -(-rounds // 2), cache, advance)
@@ -48,14 +47,6 @@ def measure_layer(case: Case, load: Load, folder: Path, rounds: int, advance: Ad
 def name_of(setting: Setting) -> str:
     """Name of a setting among the engines."""
     return f"fxpress {setting}"
-
-
-def _distances(engines: Sequence[Engine], dense: nn.Module, images: Tensor) -> dict[str, float]:
-    """Relative max-norm of each engine's output to that of the decoded layer in double precision."""
-    with torch.inference_mode():
-        expected = dense.double()(images.double())
-        dense.float()
-    return {engine.name: relative_distance(expected, engine.output()) for engine in engines}
 
 
 def _goals(settings: Sequence[Setting], load: Load, cache: Cache) -> Goals:

@@ -6,7 +6,8 @@ the machine does falls on all of them alike, so ratios are taken inside each rou
 order turns by one place from round to round.
 
 CPU time is that of the whole process, in kernel and user mode: with one thread it is the latency without the time in
-which other programs had the core, and work that an engine hands to a thread of its own is counted as well.
+which other programs had the core, and work that an engine hands to a thread of its own is counted as well. An engine in
+a process of its own clocks itself; it is measured warm alone, as nobody but itself could empty its core's caches.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def take_turns(engines: Sequence[Engine], rounds: int, cache: Cache, advance: Ad
     for number in range(rounds):
         for place in range(len(engines)):
             index = (place + number) % len(engines)
-            one = engines[index].run
+            one = engines[index]
             timed = _cold(one, flush) if flush else _warm(one, calls[index])
             cpu[index, number], wall[index, number] = timed
         advance()
@@ -86,27 +87,29 @@ def take_turns(engines: Sequence[Engine], rounds: int, cache: Cache, advance: Ad
 
 def _calls(engine: Engine) -> int:
     """Calls that fill a turn, by the fastest of a few."""
-    fastest = min(_clocked(engine.run, 1)[1] for _ in range(4))
+    fastest = min(_clocked(engine, 1)[1] for _ in range(4))
     return max(1, min(1000, math.ceil(TURN_MS / max(fastest, 1e-3))))
 
 
-def _warm(run: Callable[[], Any], calls: int) -> tuple[float, float]:
-    for _ in range(1 + calls // 4):  # the engine before has pushed weights and tables out of the caches
-        run()
-    return _clocked(run, calls)
+def _warm(engine: Engine, calls: int) -> tuple[float, float]:
+    _clocked(engine, 1 + calls // 4)  # the engine before has pushed weights and tables out of the caches
+    return _clocked(engine, calls)
 
 
-def _cold(run: Callable[[], Any], flush: CacheFlush) -> tuple[float, float]:
+def _cold(engine: Engine, flush: CacheFlush) -> tuple[float, float]:
     times = []
     for _ in range(COLD_CALLS):
         flush()
-        times.append(_clocked(run, 1))
+        times.append(_clocked(engine, 1))
     cpu, wall = np.median(np.array(times), axis=0)
     return float(cpu), float(wall)
 
 
-def _clocked(run: Callable[[], Any], calls: int) -> tuple[float, float]:
+def _clocked(engine: Engine, calls: int) -> tuple[float, float]:
     """Milliseconds of one call: (CPU, wall)."""
+    if engine.clocked is not None:
+        return engine.clocked(calls)
+    run = engine.run
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(calls):
         run()
