@@ -35,7 +35,7 @@ def _fit_convolution(layer: Any, cut: Cut, node: fx.Node) -> None:
     if layer.groups > 1 and layer.groups == layer.in_channels:
         layer.groups = _kept_inputs(cut, node, layer.in_channels)
     first, second = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
-    layer.in_channels, layer.out_channels = (first, second) if layer.transposed else (second, first)
+    layer.in_channels, layer.out_channels = (first, second) if getattr(layer, "transposed", False) else (second, first)
 
 
 def _fit_linear(layer: Any, _cut: Cut, _node: fx.Node) -> None:
@@ -73,6 +73,8 @@ def _fit_own(layer: Any, cut: Cut, node: fx.Node) -> None:
         _fit_quantized(layer, cut, node)
     if hasattr(layer, "binary_weight"):  # BinaryLinear, BinaryConv2d
         _fit_binary(layer, cut, node)
+    if hasattr(layer, "weight_scale"):  # Int8Linear, Int8Conv2d
+        (_fit_convolution if hasattr(layer, "groups") else _fit_linear)(layer, cut, node)
 
 
 def _fit_quantized(layer: Any, cut: Cut, node: fx.Node) -> None:

@@ -78,6 +78,8 @@ LAYERS: dict[str, LayerRule] = {
     "Embedding": producers.embedding_layer,
     "BinaryConv2d": producers.binary_convolution,
     "BinaryLinear": producers.linear_layer,
+    "Int8Conv2d": producers.int8_convolution,
+    "Int8Linear": producers.int8_linear,
     "PQLinear": quantized.product_quantized_linear,
     "PQConv2d": quantized.product_quantized_convolution,
     "BinaryNetwork": quantized.binary_network,

@@ -12,7 +12,7 @@ from ..ir.errors import ModelError
 from ..ir.graph import Graph
 from ..ir.trace import trace
 from ..ir.verify import distance, evaluating, run, tolerance
-from ..runtime.layers import PQLayer
+from ..runtime.layers import Int8Layer, PQLayer
 from .clone import clone_graph
 from .compiled import Compiled
 from .runner import check_finite
@@ -46,10 +46,12 @@ def open_model(model: Any, example_inputs: Any, *, verify: bool = True) -> tuple
 
 def _warn_of_quantised_layers(model: Any) -> None:
     """Tracing looks inside of layers, and finds the decoded weights there."""
-    layers = [layer for layer in model.modules() if isinstance(layer, PQLayer)] if isinstance(model, nn.Module) else []
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    layers = [layer for layer in modules if isinstance(layer, (PQLayer, Int8Layer))]
     if layers:
+        kind = "product-quantized" if isinstance(layers[0], PQLayer) else "8-bit"
         text = (
-            f"the model holds {len(layers)} product-quantized layers, which tracing turns into layers with the decoded "
+            f"the model holds {len(layers)} {kind} layers, which tracing turns into layers with the decoded "
             "weights. To keep them, give the Compiled or the Graph itself and not its module."
         )
         warnings.warn(text, RuntimeWarning, stacklevel=4)

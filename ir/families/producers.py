@@ -123,6 +123,28 @@ def binary_convolution(labels: Labels, node: fx.Node, layer: Any, path: str) -> 
     return convolve(labels, node, Weight(labels, f"{path}.weight"), bias, layer.groups, transposed=False)
 
 
+class Stepped(Weight):
+    """The weight of an 8-bit layer: each output has a step of its own, which is cut with it."""
+
+    def bind(self, dim: int, vector: Tensor) -> None:
+        """Give dimension `dim` its labels, and the steps those of the outputs."""
+        super().bind(dim, vector)
+        if dim == 0:
+            self.labels.bind(f"{self.name}_scale", 0, vector)
+
+
+def int8_convolution(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
+    """Int8Conv2d."""
+    bias = f"{path}.bias" if layer.bias is not None else None
+    return convolve(labels, node, Stepped(labels, f"{path}.weight"), bias, layer.groups, transposed=False)
+
+
+def int8_linear(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
+    """Int8Linear."""
+    bias = f"{path}.bias" if layer.bias is not None else None
+    return linear(labels, node, Stepped(labels, f"{path}.weight"), bias)
+
+
 def linear_layer(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
     """torch.nn.Linear."""
     bias = f"{path}.bias" if layer.bias is not None else None

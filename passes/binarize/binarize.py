@@ -18,6 +18,7 @@ from ...runtime.training.statistics import reestimate_norms
 from ..analyse.sharing import processes
 from ..base import LOSSY, Context, Pass, PassResult, Semantics
 from ..options import InvalidOptionError
+from ..quantize.int8 import int8_layer, observe_inputs
 from .choosing import Ends, Job, choose
 from .layers import binary_layer, drop_bias, scale_inputs
 from .quantizing import Quantizing, Statistics
@@ -40,8 +41,9 @@ class Binarize(Pass):
     one is made. The latent weights W are the trained ones, each input channel times the factor by which the quantizer's
     levels stand best for the activation before.
 
-    The first and the last layers keep their precision unless they are named `binary`; a first one then reads its input
-    unquantised. With `stage` this can be done in two steps, with training after each: activations first, then weights.
+    The first and the last layers keep their precision, have weights and inputs of 8 bits (`int8`), or are `binary` like
+    the others; a first one then reads its input unquantised. With `stage` this can be done in two steps, with training
+    after each: activations first, then weights.
 
     Sources: Z. Cai, X. He, J. Sun, N. Vasconcelos, Deep Learning with Low Precision by Half-wave Gaussian Quantization,
     CVPR 2017; for the two stages, B. Zhuang et al., Towards Effective Low-bitwidth Convolutional Neural Networks, 2018.
@@ -53,9 +55,9 @@ class Binarize(Pass):
     stage: Literal["both", "activations", "weights"] = "both"
     """What becomes coarse: everything at once, or one of the two, with training in between."""
     first: Ends = "float"
-    """Layers that read the network's input: full precision, or one-bit weights on inputs as they are."""
+    """Layers that read the network's input: full precision, 8 bits, or one-bit weights on inputs as they are."""
     last: Ends = "float"
-    """Layers behind which there is no other: full precision, or as all others."""
+    """Layers behind which there is no other: full precision, 8 bits, or as all others."""
     ignore: tuple[str, ...] = ()
     """Patterns of layers that stay as they are."""
     bits: Annotated[int, Field(ge=1, le=4)] = 2
@@ -99,6 +101,9 @@ class Binarize(Pass):
             if self.stage != "activations":
                 self._binarize(graph, jobs, result)
         self._reestimate(graph, context, result)
+        if self.stage != "activations":
+            small = [job.node for job in jobs if job.kind == "int8"]
+            result.notes += [note for note in (observe_inputs(graph, small, context, self.name),) if note]
         if not jobs:
             result.notes.append("no layer is left to binarize")
         return result
@@ -152,10 +157,15 @@ class Binarize(Pass):
 
     # -- weights --------------------------------------------------------------------------------------------
 
-    def _binarize(self, graph: Graph, jobs: list[Job], result: PassResult) -> None:
-        for job in jobs:
+    def _binarize(self, graph: Graph, every: list[Job], result: PassResult) -> None:
+        for job in every:
             layer: Any = graph.layer(job.node)
-            graph.module.set_submodule(job.path, binary_layer(layer, self.weights, self.scale))
+            small = job.kind == "int8"
+            fresh = int8_layer(layer) if small else binary_layer(layer, self.weights, self.scale)
+            graph.module.set_submodule(job.path, fresh)
+        jobs = [job for job in every if job.kind == "binary"]
+        if len(jobs) < len(every):
+            result.notes.append(f"8 bits: {', '.join(job.path for job in every if job.kind == 'int8')}")
         dropped = sum(drop_bias(graph, job.node) for job in jobs)
         real = [job for job in jobs if job.inputs and not is_ready(trace_back(graph, job.node.all_input_nodes[0]))]
         layers: list[Any] = [submodule(graph.module, job.path) for job in jobs]
@@ -168,6 +178,7 @@ class Binarize(Pass):
         if real:
             result.notes.append(f"{len(real)} of these layers read values that are not quantised")
         result.metrics |= {"binary_layers": [job.path for job in jobs], "binary_parameters": binary}
+        result.metrics["int8_layers"] = [job.path for job in every if job.kind == "int8"]
 
     # -- statistics -----------------------------------------------------------------------------------------
 

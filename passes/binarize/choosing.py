@@ -13,32 +13,35 @@ from torch.nn.modules.conv import _ConvNd
 from ...ir.errors import OptionError
 from ...ir.graph import Graph, TensorSpec
 from ...ir.nodes import operand, shape_of
-from ...runtime.layers import BinaryLayer, PQLayer
+from ...runtime.layers import BinaryLayer, Int8Layer, PQLayer
 from ..base import Skip
 from ..fuse.affine import is_tied
 from ..options import nearest
+from ..quantize.int8 import unfit as unfit_int8
 
-Ends = Literal["float", "binary"]
-_MIXERS = (_ConvNd, nn.Linear, BinaryLayer, PQLayer)
+Ends = Literal["float", "int8", "binary"]
+_MIXERS = (_ConvNd, nn.Linear, BinaryLayer, Int8Layer, PQLayer)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A layer to binarize.
+    """A layer to binarize, or to give 8 bits.
 
     Attributes:
         node: its only call.
         path: of the layer.
         inputs: whether what it reads is quantised too; a first layer reads the network's input as it is.
+        kind: what it becomes.
     """
 
     node: fx.Node
     path: str
     inputs: bool
+    kind: Literal["binary", "int8"] = "binary"
 
 
 def choose(graph: Graph, first: Ends, last: Ends, ignore: Sequence[str], who: str) -> tuple[list[Job], list[Skip]]:
-    """Layers to binarize in the order of execution, and what is left alone.
+    """Layers to binarize (or to give 8 bits) in the order of execution, and what is left alone.
 
     First layers are those before which there is no other convolution or linear layer, last ones those behind which
     there is none.
@@ -52,11 +55,13 @@ def choose(graph: Graph, first: Ends, last: Ends, ignore: Sequence[str], who: st
     jobs, skips = dict[str, Job](), dict[str, Skip]()
     for node in mixers:
         path = str(node.target)
-        reason = "ignored by option" if path in ignored else _unfit(graph, node)
-        if reason is None and ((node in firsts and first == "float") or (node in lasts and last == "float")):
+        wishes = {wish for group, wish in ((firsts, first), (lasts, last)) if node in group}
+        small = "int8" in wishes and "float" not in wishes
+        reason = "ignored by option" if path in ignored else (unfit_int8 if small else _unfit)(graph, node)
+        if reason is None and "float" in wishes:
             reason = f"the {'first' if node in firsts else 'last'} layer keeps its precision"
         if reason is None:
-            jobs[path] = Job(node, path, inputs=node not in firsts)
+            jobs[path] = Job(node, path, node not in firsts and not small, "int8" if small else "binary")
         elif reason:
             skips[path] = Skip(path, reason)
     return list(jobs.values()), list(skips.values())
@@ -88,7 +93,7 @@ def _ignored(paths: list[str], patterns: Sequence[str], who: str) -> set[str]:
 def _unfit(graph: Graph, node: fx.Node) -> str | None:
     """Why a layer cannot be binarized; empty where it is already."""
     layer, shape = graph.layer(node), shape_of(operand(node))
-    if isinstance(layer, BinaryLayer):
+    if isinstance(layer, (BinaryLayer, Int8Layer)):
         return ""
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return f"a {type(layer).__name__} has no binary form; Conv2d and Linear have"

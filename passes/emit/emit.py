@@ -8,7 +8,7 @@ from torch import nn
 
 from ...ir.graph import Graph
 from ...ir.verify import prove_equal
-from ...runtime.layers import HalfWaveQuantizer
+from ...runtime.layers import HalfWaveQuantizer, Int8Layer
 from ..base import EXACT, LOSSY, Context, Pass, PassResult, Semantics
 from ..batch import example_batch
 from ..clone import clone_graph
@@ -45,6 +45,8 @@ class Emit(Pass):
     precision, and holds but for levels whose value lies on a threshold, where rounding decides; the outputs of whole
     networks can differ by such levels. Binary layers that no packed network can hold keep their place, and a file
     keeps their weights as bits too.
+
+    8-bit layers compute with whole numbers from here on; a batch norm behind one goes into the steps of its weights.
 
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.
@@ -105,7 +107,9 @@ class Emit(Pass):
     def _lay_out(self, graph: Graph, context: Context) -> Choice:
         batch = example_batch(graph, context.inputs)
         choice = choose_layout(graph, self.layout, batch, self.kernels, self.tables)
-        graph.module.eval()
+        for layer in graph.module.eval().modules():
+            if isinstance(layer, Int8Layer):
+                layer.prepare()
         return choice
 
     def _tell(self, choice: Choice, result: PassResult) -> None:

@@ -10,11 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...ir.graph import Graph
+from ...runtime.layers import Int8Layer, Int8Linear
+from ...runtime.layers.int8_rounding import weight_values
 from ...runtime.layers.pq_layer import PQLayer
 
 Layers = tuple[type[nn.Module], ...]
 
-LINEAR: Layers = (_ConvNd, nn.Linear)
+LINEAR: Layers = (_ConvNd, nn.Linear, Int8Layer)
 NORMS: Layers = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
@@ -73,7 +75,7 @@ def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: i
     if is_tied(graph, layer):
         return f"the weight of {source.target} is shared with another layer"
     rank = len(source.meta["spec"].shape)
-    produced = rank - 1 if isinstance(layer, (nn.Linear, nn.LayerNorm)) else 1
+    produced = rank - 1 if isinstance(layer, (nn.Linear, Int8Linear, nn.LayerNorm)) else 1
     if dim % rank != produced:
         return f"the channels of {source.name} are dimension {produced} of {rank}, not dimension {dim % rank}"
     if source.meta["spec"].dtype != reader.meta["spec"].dtype:
@@ -95,6 +97,8 @@ def fold_into(graph: Graph, sources: list[fx.Node], dim: int, scale: Tensor, shi
 def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None = None) -> None:
     """Give `layer` the weights of `scale * layer(x) + shift`; its tensors are replaced, not written to.
 
+    An 8-bit layer gets its rounded weights, and the factor goes to their steps: all whole numbers stay what they are.
+
     Args:
         layer: one of `LINEAR` or `NORMS`, with C output channels and a weight.
         scale: `(C,)`.
@@ -103,6 +107,10 @@ def fold_affine(layer: nn.Module, scale: Tensor, shift: Tensor | None = None) ->
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     with torch.no_grad():
+        if isinstance(layer, Int8Layer):
+            steps, size = layer.weight_scale, scale.abs().to(weight.dtype)
+            weight = _parameter(weight_values(weight, steps), weight)
+            layer.weight_scale = torch.where(size > 0, steps * size, steps)
         layer.weight = _parameter(scale_outputs(layer, weight, scale), weight)
         term = None if bias is None else scale.double() * bias.double()  # type: ignore[operator]
         if shift is not None:

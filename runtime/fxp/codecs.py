@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import quantized
+from . import int8, quantized
 from .checks import JSON, FormatError, check_object
 
 PACKED = "fxpress/layers"  # no path of a module has a slash
@@ -39,7 +39,10 @@ class Codec:
 
 
 _PRODUCT = Codec(quantized.fits, quantized.encode_layer, quantized.decode_layer)
-CODECS: dict[str, Codec] = {"PQLinear": _PRODUCT, "PQConv2d": _PRODUCT}
+_INT8 = Codec(int8.fits, int8.encode_layer, int8.decode_layer)
+CODECS: dict[str, Codec] = {
+    "PQLinear": _PRODUCT, "PQConv2d": _PRODUCT, "Int8Linear": _INT8, "Int8Conv2d": _INT8,
+}  # fmt: skip
 
 
 def codec_of(layer: nn.Module) -> Codec | None:

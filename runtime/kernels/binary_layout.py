@@ -145,9 +145,10 @@ def _planes(header: Header, plus: Tensor) -> Tensor:
     grouped = plus.unflatten(0, (header.groups, -1)).flatten(3)  # type: ignore[no-untyped-call]
     grouped = F.pad(grouped, (0, 0, 0, -header.channels % 64, 0, -grouped.shape[1] % 8))
     # (group, out / 8, 8, block, byte, bit, tap), and without the bits
-    parts = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
-    data: Tensor = (parts * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
-    beside = [some.permute(0, 5, 3, 1, 2, 4).flatten(1) for some in data.split(BESIDE, 1)]
+    bits = grouped.unflatten(2, (-1, 8, 8)).unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
+    data: Tensor = (bits * (1 << torch.arange(8))[:, None]).sum(5).to(torch.uint8)
+    parts = data.split(BESIDE, 1)  # type: ignore[no-untyped-call]
+    beside = [some.permute(0, 5, 3, 1, 2, 4).flatten(1) for some in parts]
     return torch.cat(beside, 1)
 
 

@@ -1,11 +1,12 @@
 """The operators `torch.ops.fxpress.int8_conv2d` and `int8_linear`: 8-bit weights on 8-bit inputs, float32 in and out.
 
-    int8_conv2d(x, weights, offset, scale, bias, inverse, zero, out_channels, kernel_size, stride, padding, dilation, relu)
+    int8_conv2d(x, weights, offset, scale, bias, inverse, zero, out_channels, kernel_size, stride, padding, dilation,
+                relu)
     int8_linear(x, weights, offset, scale, bias, inverse, zero, out_features, relu)
 
-x is float32, weights (1-D int8) and offset come from `prepare_int8` (`int8_reference.py` has the formulas), scale is the
-product of the steps of inputs and weights, per output, `inverse` 1 / the step of the inputs, `zero` the byte of 0. One
-group. Outputs of a convolution lie channels-last, whatever its input does.
+x is float32, weights (1-D int8) and offset come from `prepare_int8` (`int8_reference.py` has the formulas), scale is
+the product of the steps of inputs and weights, per output, `inverse` 1 / the step of the inputs, `zero` the byte of 0.
+One group. Outputs of a convolution lie channels-last, whatever its input does.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _empty(x: Tensor, numbers: Numbers, of: Window) -> Tensor:
 
 def _fake_conv2d(
     x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, relu: bool,
+    out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, relu: bool,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     of = Window(out_channels, kernel_size, stride, padding, dilation)
     return _empty(x, Numbers(weights, offset, scale, bias, inverse, zero), of)
@@ -156,7 +157,7 @@ def _linear(
 
 def _fake_linear(
     x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_features: int, relu: bool,
+    out_features: int, relu: bool,  # noqa: ARG001
 ) -> Tensor:  # fmt: skip
     _check(x, Numbers(weights, offset, scale, bias, inverse, zero), Window(out_features))
     return x.new_empty((*x.shape[:-1], out_features))

@@ -1,13 +1,13 @@
 """What the 8-bit kernels compute, in plain torch: the same integers, the same roundings; and how weights lie.
 
     q = min(max(round(x · inverse), -zero), 255 - zero) + zero          bytes; halves to even, NaN counts as 0
-    y[o] = relu?(scale[o] (Σ q w[o] + offset[o]) + bias[o])             offset[o] = -zero Σ w[o]; zero padding is q = zero
+    y[o] = relu?(scale[o] (Σ q w[o] + offset[o]) + bias[o])      offset[o] = -zero Σ w[o]; zero padding is q = zero
 
 Sums are exact integers of 32 bits, and float32 operations are rounded one by one, from left to right.
 
-Weights lie as [output / 16][segment][dword][16][4] bytes: four bytes of input meet 16 outputs. A segment is what lies side
-by side in a channels-last image: the kw · C bytes of a row of the kernel, or, where that is dilated, the C of a tap;
-filled up with zeros to whole dwords.
+Weights lie as [output / 16][segment][dword][16][4] bytes: four bytes of input meet 16 outputs. A segment is what lies
+side by side in a channels-last image: the kw · C bytes of a row of the kernel, or, where that is dilated, the C of a
+tap; filled up with zeros to whole dwords.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _segments(weight: Tensor, dilation: int) -> Tensor:
     runs = taps.flatten(1, 2) if apart else taps.flatten(2, 3)  # (out, segment, bytes)
     runs = F.pad(runs, (0, -runs.shape[2] % 4, 0, 0, 0, -runs.shape[0] % LANES))
     blocks = runs.unflatten(0, (-1, LANES)).unflatten(3, (-1, 4))  # type: ignore[no-untyped-call]
-    return blocks.permute(0, 2, 3, 1, 4).contiguous().flatten()
+    flat: Tensor = blocks.permute(0, 2, 3, 1, 4).contiguous().flatten()
+    return flat
 
 
 def _weight(numbers: Numbers, of: Window, channels: int) -> Tensor:

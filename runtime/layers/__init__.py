@@ -6,6 +6,9 @@ from .binary_linear import BinaryLinear as BinaryLinear
 from .binary_network import BinaryNetwork as BinaryNetwork
 from .channel_mask import ChannelMask as ChannelMask
 from .half_wave_quantizer import HalfWaveQuantizer as HalfWaveQuantizer
+from .int8_conv2d import Int8Conv2d as Int8Conv2d
+from .int8_layer import Int8Layer as Int8Layer
+from .int8_linear import Int8Linear as Int8Linear
 from .pq_conv2d import PQConv2d as PQConv2d
 from .pq_layer import PQLayer as PQLayer
 from .pq_linear import PQLinear as PQLinear

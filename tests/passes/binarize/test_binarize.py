@@ -14,7 +14,7 @@ from fxpress.passes.base import Context, PassResult
 from fxpress.passes.binarize import quantizing
 from fxpress.passes.binarize.binarize import Binarize
 from fxpress.passes.runner import run_pass
-from fxpress.runtime.layers import BinaryConv2d, BinaryLayer, BinaryLinear, HalfWaveQuantizer
+from fxpress.runtime.layers import BinaryConv2d, BinaryLayer, BinaryLinear, HalfWaveQuantizer, Int8Conv2d, Int8Linear
 from torch import Tensor, nn
 
 import fxpress
@@ -289,8 +289,8 @@ def test_first_and_last() -> None:
     assert chain(graph, "0") == ["input"]  # images are read as they are
     assert chain(graph, "12") == ["BinaryLinear", "BatchNorm1d", "HalfWaveQuantizer"]
     assert graph.module.get_submodule("12").bias is not None
-    with pytest.raises(OptionError, match="given 'int8', allowed: 'float' or 'binary'"):
-        Binarize(first="int8")
+    with pytest.raises(OptionError, match="given 'int4', allowed: 'float' or 'int8' or 'binary'"):
+        Binarize(first="int4")
 
 
 def test_options_reach_the_layers() -> None:
@@ -373,3 +373,24 @@ def test_it_trains_exports_and_is_saved(tmp_path: Any) -> None:
         assert torch.allclose(exported(x[:2]), compiled(x[:2]), atol=1e-5)
         compiled.save(tmp_path / "m.fxp")
         assert torch.equal(fxpress.load(tmp_path / "m.fxp")(x), compiled(x))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_ends_of_8_bits(calibrated: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    x = torch.randn(4, 3, 10, 10)
+    data = fxpress.Data(calibration=[(5 * x, torch.zeros(4, dtype=torch.long))]) if calibrated else None
+    passes = [{"binarize": {"first": "int8", "last": "int8"}}]
+    compiled = fxpress.compile(model, passes, x, data=data)
+    assert compiled.report["binarize"].metrics["int8_layers"] == ["0", "8"]
+    assert compiled.report["binarize"].metrics["binary_layers"] == ["3"]
+    first = compiled.module.get_submodule("0")
+    assert isinstance(first, Int8Conv2d)
+    assert torch.allclose(first.input_range, (5 if calibrated else 1) * torch.stack(torch.aminmax(x)))
+    assert isinstance(compiled.module.get_submodule("8"), Int8Linear)
+    assert compiled(x).isfinite().all()
+    again = fxpress.compile(compiled, passes, x, data=data)  # what is small already stays as it is
+    assert again.report["binarize"].metrics["int8_layers"] == []

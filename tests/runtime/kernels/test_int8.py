@@ -1,4 +1,4 @@
-"""8-bit kernels: every instruction set against an independent computation in numpy; integers are exact, so nothing differs."""
+"""8-bit kernels: every instruction set against numpy and float64; integers are exact, so nothing differs."""
 
 from __future__ import annotations
 

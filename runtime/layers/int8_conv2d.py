@@ -1,0 +1,89 @@
+"""Int8Conv2d: a convolution of 8-bit weights on 8-bit inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ...ir.dialect import register_layer
+from ...ir.errors import OptionError
+from .int8_layer import Int8Layer, _Prepared
+
+Size = int | tuple[int, int]
+
+
+class Int8Conv2d(Int8Layer):
+    """A convolution of 8-bit weights on 8-bit inputs; see `Int8Layer`.
+
+    No subclass of `torch.nn.Conv2d`, so that nobody who looks for one takes its weights for those that are used.
+
+    Args:
+        in_channels: as of `torch.nn.Conv2d`, and so all up to `bias`.
+
+    Raises:
+        OptionError: padding that is no number.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        if isinstance(padding, str):
+            raise OptionError(f"padding is {padding!r}; allowed: numbers", hint="'valid' is 0, 'same' half the kernel.")
+        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias))
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
+        self.padding, self.dilation = _pair(padding), _pair(dilation)
+
+    @classmethod
+    def from_plain(cls, layer: nn.Conv2d) -> Int8Conv2d:
+        """The 8-bit form of a convolution, whose parameters it takes over."""
+        window: tuple[Any, ...] = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        kernel, stride, padding, dilation = window
+        sizes = layer.in_channels, layer.out_channels, kernel, stride, padding, dilation
+        with torch.device("meta"):
+            made = cls(*sizes, layer.groups, layer.bias is not None)
+        made._put(layer)
+        return made
+
+    def _by_integers(self, x: Tensor) -> bool:
+        return self.groups == 1 and x.dim() == 4 and super()._by_integers(x)
+
+    def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, in, H, W) → (N, out, H', W')."""
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
+        y: Tensor = torch.ops.fxpress.int8_conv2d(
+            x, prepared.weights, prepared.offset, prepared.scale, self.bias, prepared.inverse, prepared.zero,
+            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, False,
+        )  # fmt: skip
+        return y
+
+    def _dilation(self) -> int:
+        return int(self.dilation[1])
+
+    def prepare(self) -> None:
+        """As of `Int8Layer`; groups run in float32."""
+        if self.groups == 1:
+            super().prepare()
+
+    def extra_repr(self) -> str:
+        """The arguments, as `repr` shows them."""
+        size = f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}"
+        return f"{size}, padding={self.padding}, groups={self.groups}"
+
+
+_FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+register_layer(Int8Conv2d, _FIELDS, ("bias",))
