@@ -17,6 +17,7 @@ from . import larq_engine
 from .common import Row
 from .engines import Engine, double_distances, torch_engine
 from .larq_engine import Larq
+from .layer_case import LayerCase
 from .loads import Load
 from .peer_engines import peer_engines, prepare_peers
 from .timed_rows import INT8, TORCH, Goals, rows_of
@@ -26,19 +27,13 @@ OURS = "fxpress binary"
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layer and its input.
+class Case(LayerCase):
+    """A layer, its input, and what is wanted.
 
     Args:
-        name: as the table shows it.
-        layer: a dense layer of that shape.
-        shape: of the input, without the batch.
         goals: cache → rival → how many times faster is wanted at batch 1 on one thread.
     """
 
-    name: str
-    layer: nn.Linear | nn.Conv2d
-    shape: tuple[int, ...]
     goals: dict[str, dict[str, float]]
 
 

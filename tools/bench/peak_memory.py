@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from ...ir.errors import FxpressError
+from .common import Row
+from .peer_engines import Files
+from .timing import Advance
 
 Runner = Literal["fxpress", "torch", "onnxruntime", "openvino"]
 
@@ -63,6 +66,8 @@ network = openvino.Core().compile_model(file, "CPU", settings)
 network(numpy.ones((1, 3, size, size), "float32"))
 """,
 }
+MEASURES = ("peak MB", "of it before loading MB")
+"""Columns of the table."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +104,31 @@ def peak_memory(runner: Runner, file: Path, network: str, size: int = 224) -> Pe
         last = done.stderr.strip().splitlines()[-1:] or ["it wrote nothing"]
         raise FxpressError(f"{runner} could not run {file.name}: {last[0]}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def peer_files(files: Files) -> dict[str, tuple[Runner, Path]]:
+    """Of the other engines' files of one image those whose memory is looked at, by the engine's name."""
+    return {
+        "ONNX Runtime fp32": ("onnxruntime", files.onnx),
+        "ONNX Runtime int8 static": ("onnxruntime", files.onnx_int8["static"]),
+        "OpenVINO int8": ("openvino", files.openvino_int8),
+    }
+
+
+def memory_rows(network: str, files: dict[str, tuple[Runner, Path]], size: int, advance: Advance) -> list[Row]:
+    """Two rows per file: high-water marks of a process that loads it and runs one image, on one thread.
+
+    Args:
+        network: name, which for `torch` is that in torchvision.
+        files: engine → what runs its file, and the file.
+        size: of the image.
+        advance: called after each file.
+    """
+    rows = []
+    for name, (runner, path) in files.items():
+        found = peak_memory(runner, path, network, size)
+        for measure, number in zip(MEASURES, (found.peak, found.imported), strict=True):
+            value, peer = (number / 1e6, None) if runner == "fxpress" else (None, number / 1e6)
+            rows.append(Row(f"{network}, memory", f"{name} | {measure}", value, "MB (1e6 bytes)", peer))
+        advance()
+    return rows

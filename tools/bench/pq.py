@@ -25,6 +25,7 @@ from pathlib import Path
 from .common import Row, header, screen, show
 from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings
+from .peak_memory import MEASURES as MEMORY
 from .pq_cases import cases
 from .pq_layers import measure_layer
 from .pq_networks import NETWORKS, STORAGES, measure_memory, measure_network, measure_nodes, measure_size
@@ -32,7 +33,7 @@ from .timed_rows import MEASURES, table
 
 TABLES = {
     "Times; ratios: times faster": MEASURES,
-    "Peak memory of a process": ("peak MB", "of it before loading MB"),
+    "Peak memory of a process": MEMORY,
 }
 
 

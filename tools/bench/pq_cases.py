@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...runtime.layers.pq_conv2d import PQConv2d
 from ...runtime.layers.pq_linear import PQLinear
+from .layer_case import LayerCase
 
 Tables = Literal["fp32", "int16", "int8"]
 PQ = PQLinear | PQConv2d
@@ -36,19 +37,13 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(LayerCase):
     """A layer, its input and its settings.
 
     Args:
-        name: as the table shows it.
-        layer: a dense layer of that shape.
-        shape: of the input, without the batch.
         settings: what fxpress makes of it.
     """
 
-    name: str
-    layer: nn.Linear | nn.Conv2d
-    shape: tuple[int, ...]
     settings: tuple[Setting, ...]
 
     def images(self, batch: int) -> Tensor:

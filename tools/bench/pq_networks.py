@@ -22,7 +22,7 @@ from .common import Row
 from .engines import Engine, relative_distance, torch_engine
 from .loads import Load
 from .node_times import profile
-from .peak_memory import Runner, peak_memory
+from .peak_memory import Runner, memory_rows, peer_files
 from .peer_engines import peer_engines, prepare_peers
 from .pq_cases import Tables
 from .timed_rows import INT8, TORCH, Goals, rows_of
@@ -237,18 +237,7 @@ def measure_memory(network: Network, folder: Path, seed: int, advance: Advance) 
     peers = prepare_peers(decoded(model, compiled.graph), image, folder / f"{network.name}, batch 1")
     save_file(model.state_dict(), folder / f"{network.name}.safetensors")
     files["torch fp32"] = ("torch", folder / f"{network.name}.safetensors")
-    files["ONNX Runtime fp32"] = ("onnxruntime", peers.onnx)
-    files["ONNX Runtime int8 static"] = ("onnxruntime", peers.onnx_int8["static"])
-    files["OpenVINO int8"] = ("openvino", peers.openvino_int8)
-    rows = []
-    for name, (runner, path) in files.items():
-        peak = peak_memory(runner, path, network.name)
-        ours = runner == "fxpress"
-        for metric, number in (("peak MB", peak.peak / MB), ("of it before loading MB", peak.imported / MB)):
-            value, peer = (number, None) if ours else (None, number)
-            rows.append(Row(f"{network.name}, memory", f"{name} | {metric}", value, "MB (1e6 bytes)", peer))
-        advance()
-    return rows
+    return memory_rows(network.name, files | peer_files(peers), SIZE, advance)
 
 
 def measure_nodes(network: Network, folder: Path, seed: int, rounds: int, advance: Advance) -> list[Row]:
