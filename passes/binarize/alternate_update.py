@@ -26,6 +26,8 @@ from .responses import Responses, is_normalised
 from .signs import fit_signs
 
 _Count = Annotated[int, Field(ge=1)]
+LEAST = 1e-3
+"""Size of the smallest latent weights as a share of the filter's mean: a weight of 0 has no sign."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ class AlternateUpdate(Pass):
     by turns until no sign flips, on G = XᵀX and h = Xᵀy alone, which are centred where a batch norm follows. The error
     never rises from step to step. Then batch norms take their statistics anew, the layers behind may be trained for
     some batches, and the update stays only if the loss on other images is no higher than before: else all of it is
-    undone. What is found becomes the latent weights W = α b, so that training can go on.
+    undone.
+
+    So that training can go on, latent weights are given sizes, W_i = α b_i m_i / mean |m|, where m_i is the number
+    that would stand best in the place of α b_i. A sign that the responses hardly determine is the first to turn; if
+    all had the size α, they would be equally far from turning, and training had to learn anew which ones matter.
 
     Sources: Zhang, Yan and Zhang 2021 (the formulas are our reading of the abstract); see `signs.py`.
     """
@@ -86,6 +92,8 @@ class AlternateUpdate(Pass):
     """Batches of `data.train` with which the layers behind are trained after each update; 0: none."""
     lr: Annotated[float, Field(gt=0)] = 0.005
     """Highest learning rate of that."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of that: `bf16` computes in bfloat16 where that is safe."""
 
     def needed(self) -> tuple[str, ...]:
         """Calibration data, and training data where layers are trained."""
@@ -154,7 +162,7 @@ class AlternateUpdate(Pass):
 
     def _tune(self, graph: Graph, node: fx.Node, teacher: nn.Module, context: Context) -> None:
         """Train what is behind a node."""
-        options = Distill(epochs=1, lr=self.lr, keep="last", warmup=0.1)
+        options = Distill(epochs=1, lr=self.lr, keep="last", warmup=0.1, precision=self.precision)
         train = First(context.data.need("train", who=self.title()), self.tune)
         data = replace(context.data, train=train, val=None)
         with _frozen(graph, node) as left:
@@ -196,7 +204,7 @@ def _fit(graph: Graph, node: fx.Node, responses: Responses, sweeps: int) -> tupl
         alpha, signs = rows.abs().mean(1), torch.where(rows >= 0, 1.0, -1.0).double().T
         fit = fit_signs(problem.gram, problem.cross, alpha, signs, sweeps)
         fitted = torch.where(fit.alpha > 0, fit.alpha * fit.signs, rows.T)  # what has no answer stays
-        values.append(fitted.T)
+        values.append((fitted * torch.where(fit.alpha > 0, _graded(fit.margins), 1.0)).T)
         constants.append(problem.mean_y - problem.mean_x @ fitted)
         losses.append(fit.losses)
     new = torch.stack(values)
@@ -205,10 +213,18 @@ def _fit(graph: Graph, node: fx.Node, responses: Responses, sweeps: int) -> tupl
     return _errors(losses, energy), int(((new >= 0) != (old >= 0)).sum())
 
 
+def _graded(margins: Tensor) -> Tensor:
+    """Sizes of latent weights as factors of α, (n, O), of mean 1 per filter: what turns soonest is the smallest."""
+    sizes = margins / margins.mean(0).clamp(min=torch.finfo(margins.dtype).tiny)
+    sizes = sizes.clamp(min=LEAST)
+    return sizes / sizes.mean(0)
+
+
 def _install(layer: Any, weight: Tensor, constant: Tensor, *, free: bool) -> None:
-    """New latent weights; with one factor for the layer (or none) their signs alone are new."""
+    """New latent weights; with one factor for the layer (or none) it stays."""
     if layer.scale != "filter":
-        weight = torch.where(weight >= 0, 1.0, -1.0) * layer.weight.abs().mean().double()
+        sizes = weight.abs().flatten(1).mean(1).view(-1, *[1] * (weight.dim() - 1))
+        weight = weight / sizes * layer.weight.abs().mean().double()
     layer.weight.copy_(weight)
     if layer.bias is not None and not free:
         layer.bias.copy_(constant)

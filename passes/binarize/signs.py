@@ -43,12 +43,14 @@ class SignFit:
         losses: Σ over filters of f − yᵀy: at the start (signs with the factor that they had), with the best factor for
             them, and after every sweep; never rising.
         flips: signs that changed, per sweep.
+        margins: (n, O), not negative: how far each sign is from turning, see `margins`.
     """
 
     alpha: Tensor
     signs: Tensor
     losses: list[float]
     flips: list[int]
+    margins: Tensor
 
 
 def fit_signs(gram: Tensor, cross: Tensor, alpha: Tensor, signs: Tensor, sweeps: int) -> SignFit:
@@ -86,7 +88,18 @@ def fit_signs(gram: Tensor, cross: Tensor, alpha: Tensor, signs: Tensor, sweeps:
         losses.append(_loss(factor, b, cross, product))
         active = active[changed > 0]
     _check(losses, cross, b, factor)
-    return SignFit(factor, b, losses, flips)
+    return SignFit(factor, b, losses, flips, margins(gram, cross, factor, b, product))
+
+
+def margins(gram: Tensor, cross: Tensor, alpha: Tensor, signs: Tensor, product: Tensor) -> Tensor:
+    """Size of the real number that would stand best in the place of α b_i while the others stay, (n, O).
+
+    That number is w_i = (h_i − α Σ_{j≠i} G_ij b_j) / G_ii, whose sign b_i has once no sign flips; f rises by
+    4 α |w_i| G_ii if the sign turns. Where it still has the other sign, or an input is always zero, it is 0.
+    """
+    own = gram.diagonal()[:, None]
+    best = (cross - alpha * (product - own * signs)) / own.clamp(min=torch.finfo(own.dtype).tiny)
+    return torch.where(own > 0, (signs * best).clamp(min=0), 0.0)
 
 
 def best_factor(signs: Tensor, cross: Tensor, product: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fxpress.ir.errors import DataError, OptionError
+from fxpress.runtime.evaluate import evaluate
 from fxpress.tools.bench import accuracy, accuracy_data, accuracy_run
 from fxpress.tools.bench.accuracy_latency import measure_latency, read_latency
 from fxpress.tools.bench.accuracy_networks import build_network
@@ -16,6 +17,8 @@ from fxpress.tools.bench.accuracy_teacher import RecordedTeacher
 from fxpress.tools.bench.common import header
 from rich.console import Console
 from torch import nn
+
+import fxpress
 
 QUIET = Console(quiet=True)
 
@@ -98,6 +101,26 @@ class TestViews:
         assert torch.allclose(inputs * 0.25 + 0.5, views.images.float() / 255, atol=1e-6)
         assert len(views) == 3
         assert len(self.views(0)) == 2  # the rest of two images is left out
+
+    def test_an_epoch_of_some_images_takes_others_each_time(self):
+        images = torch.zeros(10, 3, 12, 12, dtype=torch.uint8)
+        views = accuracy_data.Views(images, torch.arange(10), ((0.5,) * 3, (0.25,) * 3), 2, 0, augment=True, limit=4)
+        epochs = [torch.cat([targets for _, targets in views]) for _ in range(6)]
+        assert len(views) == 2
+        assert all(len(epoch.unique()) == 4 for epoch in epochs)
+        assert len(torch.cat(epochs).unique()) > 6
+
+    def test_validation_images_are_training_images_that_are_not_trained_on(self, folder, tmp_path):
+        plan = protocol().images.model_copy(update={"validation": 20, "augment": False})
+        deal = accuracy_data.load_images(plan, folder, tmp_path, 0)
+        data = deal.data
+        held, test = (torch.cat([x for x, _ in views]) for views in (data.val, deal.test))
+        assert (len(held), len(test), len(data.train.images)) == (20, 40, 60)
+        for views in (data.train, data.calibration, deal.test):
+            seen = torch.cat([x for x, _ in views])
+            assert float(torch.cdist(seen.flatten(1), held.flatten(1)).min()) > 0
+        plain = accuracy_data.load_images(protocol().images, folder, tmp_path, 0)
+        assert plain.data.val is plain.test
 
     def test_a_view_is_a_shifted_perhaps_mirrored_image(self):
         views = self.views(0)
@@ -219,6 +242,25 @@ class TestRun:
         other = cut.model_copy(update={"passes": ({"prune-channels": {"ratio": 0.2}},)})
         changed = self.bench(plan.model_copy(update={"rows": (other, tuned)}), tmp_path, folder)
         assert changed.facts(tuned, 0) is None  # it would have started from another network
+
+    def test_a_base_for_each_seed_and_validation_images(self, folder, tmp_path):
+        plan = protocol(goals=[])
+        base = plan.networks["base"].model_copy(update={"each_seed": True})
+        images = plan.images.model_copy(update={"validation": 20})
+        case = plan.rows[0].model_copy(update={"name": "cut", "passes": ({"prune-channels": {"ratio": 0.5}},)})
+        plan = plan.model_copy(update={"networks": {"base": base}, "images": images, "rows": (case,)})
+        bench = self.bench(plan, tmp_path, folder)
+        bench.measure(list(plan.rows))
+        assert not torch.equal(*(bench.network("base", seed)[0].weight for seed in (0, 1)))
+        records = accuracy_run.records_of(bench)
+        assert [len(facts) for facts in records.values()] == [2, 2]
+        for name, seed in (("base", 0), ("base", 1)):
+            found = evaluate(bench.network(name, seed), bench.test(seed)).accuracy
+            assert records[name][seed]["accuracy"] == found
+        for seed, facts in enumerate(records["cut"]):
+            network = fxpress.load(bench.result(case, seed)).module
+            assert facts["accuracy"] == evaluate(network, bench.test(seed)).accuracy
+            assert facts["accuracy_before_training"] is None  # that was measured on other images
 
     def test_quick_is_the_same_table_on_few_images(self):
         small = accuracy.shrunk(protocol())

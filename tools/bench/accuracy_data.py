@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,27 @@ class Views:
         statistics: mean and standard deviation per channel, of images scaled to 0-1.
         batch: images in a batch.
         seed: of order and augmentation; None keeps the order and augments nothing.
+        augment: with a seed.
+        limit: images in an epoch, where that is not all of them.
     """
 
     def __init__(
-        self, images: Tensor, targets: Tensor, statistics: Any, batch: int, seed: int | None, augment: bool
+        self,
+        images: Tensor,
+        targets: Tensor,
+        statistics: Any,
+        batch: int,
+        seed: int | None = None,
+        augment: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.images, self.targets, self.batch, self.seed, self.augment = images, targets, batch, seed, augment
+        self.count = min(limit or len(images), len(images))
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in statistics)
         self.epoch = 0
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch)
+        whole, rest = divmod(self.count, self.batch)
         return whole + (1 if rest and self.seed is None else 0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -60,6 +71,7 @@ class Views:
         order = torch.arange(len(self.images))
         if self.seed is not None:
             order = torch.randperm(len(order), generator=_generator(self.seed, epoch, -1))
+        order = order[: self.count]
         for index in range(len(self)):
             chosen = order[index * self.batch : (index + 1) * self.batch]
             images = self.images[chosen]
@@ -69,8 +81,21 @@ class Views:
             yield inputs, self.targets[chosen]
 
 
-def load_images(plan: Images, folder: Path | None, scratch: Path, seed: int) -> Data:
-    """Loaders of a table's images; `train` follows the seed, `val` and `calibration` are the same for all.
+@dataclass(frozen=True)
+class Deal:
+    """The images of a table, dealt out.
+
+    Attributes:
+        data: what passes see.
+        test: the test images; `data.val` are these where no training images are kept for validation.
+    """
+
+    data: Data
+    test: Views
+
+
+def load_images(plan: Images, folder: Path | None, scratch: Path, seed: int) -> Deal:
+    """Loaders of a table's images; `train` follows the seed, all others are the same for every seed.
 
     Args:
         plan: which images, and how many.
@@ -83,16 +108,22 @@ def load_images(plan: Images, folder: Path | None, scratch: Path, seed: int) -> 
     """
     split = _read_folders(folder, scratch) if plan.data == "cifar10-jpeg" else _read_fashion(folder)
     statistics = _STATISTICS[plan.data]
-    chosen = torch.randperm(len(split.train_images), generator=torch.Generator().manual_seed(0))[: plan.train]
+    shuffled = torch.randperm(len(split.train_images), generator=torch.Generator().manual_seed(0))
+    held, rest = shuffled[: plan.validation], shuffled[plan.validation :]
+    chosen = rest[: plan.train]
     few = chosen[: plan.calibration]
 
-    def views(images: Tensor, targets: Tensor, batch: int, seed: int | None = None) -> Views:
-        return Views(images, targets, statistics, batch, seed, plan.augment)
+    def training(indices: Tensor, batch: int, **options: Any) -> Views:
+        return Views(split.train_images[indices], split.train_targets[indices], statistics, batch, **options)
 
-    return Data(
-        train=views(split.train_images[chosen], split.train_targets[chosen], plan.batch, seed),
-        val=views(split.test_images[: plan.test], split.test_targets[: plan.test], 500),
-        calibration=views(split.train_images[few], split.train_targets[few], plan.batch),
+    test = Views(split.test_images[: plan.test], split.test_targets[: plan.test], statistics, 500)
+    return Deal(
+        Data(
+            train=training(chosen, plan.batch, seed=seed, augment=plan.augment, limit=plan.epoch),
+            val=training(held, 500) if plan.validation else test,
+            calibration=training(few, plan.batch),
+        ),
+        test,
     )
 
 

@@ -47,6 +47,11 @@ class Images(Options):
     """Test images, the first ones; all if none."""
     calibration: Annotated[int, Field(ge=1)] = 2048
     """Training images without augmentation, for statistics."""
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Training images that are not trained on: what `data.val` is, for passes that decide by it. 0: the test images,
+    in tables whose passes decide nothing by them."""
+    epoch: Annotated[int, Field(ge=1)] | None = None
+    """Training images in an epoch, each time another random choice; all if none."""
     batch: Annotated[int, Field(ge=1)] = 128
     augment: bool = True
     """Shift by up to 4 pixels and mirror at random, the same in every row of a seed."""
@@ -60,6 +65,8 @@ class Network(_Passes):
     """State dict in the folder given by `--weights`; random ones, by the seed, if none."""
     width: Annotated[float, Field(gt=0)] = 1.0
     """Factor of all widths, `vgg-small` only."""
+    each_seed: bool = False
+    """Train one for every seed of the table, instead of one for all."""
 
 
 class Cut(Options):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ...passes.compile import compile as compile_network
 from ...passes.prune.criteria.oracle import rank_correlation
 from ...runtime.atomic import write_atomically
 from ...runtime.data import Data
-from .accuracy_data import load_images
+from ...runtime.evaluate import accuracy
+from .accuracy_data import Deal, Views, load_images
 from .accuracy_latency import read_latency
 from .accuracy_networks import build_network
 from .accuracy_protocol import BASE, Case, Protocol
@@ -49,7 +50,7 @@ class Bench:
         self.images, self.weights = images, weights
         self.folder = work / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._data: dict[int, Data] = {}
+        self._deals: dict[int, Deal] = {}
 
     def measure(self, cases: list[Case]) -> None:
         """Measure what is missing, all rows of a seed before the next seed; ends early only by an error."""
@@ -59,19 +60,31 @@ class Bench:
                 self._need(case, seed)
 
     def measure_base(self) -> None:
-        """Accuracy and size of the network that the rows are compared with."""
-        place = self.folder / "base.json"
-        if BASE in self.protocol.networks and _read(place, self._identity(BASE)) is None:
-            row = compile_network(self.network(BASE, 0), [], self.image, data=self.data(0)).report.rows[0]
+        """Accuracy and size of the network that the rows are compared with, of each seed where each has its own."""
+        plan = self.protocol.networks.get(BASE)
+        for seed in self._base_seeds() if plan is not None else ():
+            if _read(self._base_place(seed), self._identity(BASE)) is not None:
+                continue
+            network = self.network(BASE, seed)
+            data = replace(self.data(seed), val=self.test(seed))
+            row = compile_network(network, [], self.image, data=data).report.rows[0]
             facts = {"accuracy": row.accuracy, "size_bytes": row.size_bytes}
             facts |= {"macs": 1.0, "parameters": 1.0, "bytes": 1.0}
             whole = {"whole": {"macs": row.macs, "parameters": row.parameters, "bytes": row.size_bytes}}
-            _write(place, self._identity(BASE), facts | whole)
+            _write(self._base_place(seed), self._identity(BASE), facts | whole)
             self.console.print(f"base: {row.accuracy:.2%}, {row.macs:,} MACs, {row.parameters:,} parameters")
 
-    def base(self) -> Facts | None:
-        """What `measure_base` found."""
-        return _read(self.folder / "base.json", self._identity(BASE))
+    def bases(self) -> list[Facts]:
+        """What `measure_base` found, an entry per seed that has a base of its own."""
+        found = [_read(self._base_place(seed), self._identity(BASE)) for seed in self._base_seeds()]
+        return [facts for facts in found if facts is not None]
+
+    def _base_seeds(self) -> tuple[int, ...]:
+        plan = self.protocol.networks.get(BASE)
+        return self.protocol.seeds if plan is not None and plan.each_seed else (0,)
+
+    def _base_place(self, seed: int) -> Path:
+        return self.folder / ("base.json" if len(self._base_seeds()) == 1 else f"base-{seed}.json")
 
     def facts(self, case: Case, seed: int) -> Facts | None:
         """What was measured of a row, None where that is missing or belongs to another protocol."""
@@ -84,24 +97,34 @@ class Bench:
         return inputs[:1].contiguous()
 
     def data(self, seed: int) -> Data:
-        """The images, in the order of a seed."""
-        if seed not in self._data:
-            self._data[seed] = load_images(self.protocol.images, self.images, self.work, seed)
-        return self._data[seed]
+        """The images that passes see, in the order of a seed."""
+        return self._deal(seed).data
+
+    def test(self, seed: int) -> Views:
+        """The test images."""
+        return self._deal(seed).test
+
+    def _deal(self, seed: int) -> Deal:
+        if seed not in self._deals:
+            self._deals[seed] = load_images(self.protocol.images, self.images, self.work, seed)
+        return self._deals[seed]
 
     def network(self, name: str, seed: int) -> nn.Module:
         """A network of the protocol, trained by its passes if it has some; kept for later runs."""
         plan = self.protocol.networks[name]
         if not plan.passes:
             return build_network(plan, self.image.shape[1], seed, self.weights)
-        network = build_network(plan, self.image.shape[1], 0, self.weights)
-        key = _key([plan.model_dump(mode="json"), self.protocol.images.model_dump(mode="json")])
+        seed = seed if plan.each_seed else 0
+        network = build_network(plan, self.image.shape[1], seed, self.weights)
+        content = [plan.model_dump(mode="json"), self.protocol.images.model_dump(mode="json")]
+        key = _key([*content, seed] if plan.each_seed else content)
         place = self.work / f"{plan.network}-{key}.safetensors"
         if not place.is_file():
-            self.console.print(f"{name}: training {plan.network}")
+            self.console.print(f"{name}: training {plan.network}, seed {seed}")
             compiled = compile_network(
-                network, list(plan.passes), self.image, data=self.data(0), workdir=self.work / place.stem, resume=True
-            )
+                network, list(plan.passes), self.image, data=self.data(seed), workdir=self.work / place.stem,
+                resume=True, seed=seed,
+            )  # fmt: skip
             self.console.print(compiled.report)
             write_atomically(place, [save({k: v.contiguous() for k, v in compiled.module.state_dict().items()})])
         network.load_state_dict(load_file(place))
@@ -154,17 +177,18 @@ class Bench:
             recorded.keep()
         spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
         facts = self._facts(case, compiled) | spent | {"seed": seed}
+        if self.protocol.images.validation:  # the report's accuracies are those on validation images
+            facts |= {"accuracy": accuracy(compiled.graph, self.test(seed)), "accuracy_before_training": None}
         if self.protocol.ratios:
-            facts |= measure_ratios(compiled.module, teacher, self.data(seed))
+            facts |= measure_ratios(compiled.module, teacher, self.test(seed))
         _write(place, self._identity(self._content(case)), facts)
         self.console.print(f"[bold]{case.name}, seed {seed}[/bold]", compiled.report)
         return facts
 
     def _facts(self, case: Case, compiled: Compiled) -> Facts:
         """Numbers of a finished row, sizes as shares of the base's."""
-        base, rows = self.base(), compiled.report.rows
-        assert base is not None
-        last, whole = rows[-1], base["whole"]
+        rows = compiled.report.rows
+        last, whole = rows[-1], self.bases()[0]["whole"]
         cut = [row.accuracy for row in rows if row.semantics == "lossy"]
         if case.peer or case.after:
             cut = cut or [rows[0].accuracy]
@@ -204,9 +228,9 @@ class Bench:
 
 def records_of(bench: Bench) -> Records:
     """Everything that is measured by now, in the order of the protocol."""
-    base, records = bench.base(), {}
-    if base is not None:
-        records[BASE] = [base]
+    bases, records = bench.bases(), {}
+    if bases:
+        records[BASE] = bases
     times = read_latency(bench)
     for case in bench.protocol.rows:
         facts = [found for seed in bench.protocol.seeds if (found := bench.facts(case, seed)) is not None]
@@ -216,14 +240,13 @@ def records_of(bench: Bench) -> Records:
 
 
 @torch.no_grad()
-def measure_ratios(student: nn.Module, teacher: nn.Module, data: Data) -> Facts:
+def measure_ratios(student: nn.Module, teacher: nn.Module, test: Views) -> Facts:
     """How well ratios of class pairs are learned, on the test images (see `ratio_error` and `rank_correlation`)."""
     from ...runtime.training.losses import rank_correlation as ratio_rank
     from ...runtime.training.losses import ratio_error
 
-    assert data.val is not None
     student.eval()
-    batches = [(student(inputs), teacher(inputs), targets) for inputs, targets in data.val]
+    batches = [(student(inputs), teacher(inputs), targets) for inputs, targets in test]
     mine, others, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return {
         "ratio_error": ratio_error(mine, others, targets),

@@ -17,7 +17,9 @@ from fxpress.passes.binarize.alternate_update import AlternateUpdate
 from fxpress.passes.binarize.binarize import Binarize
 from fxpress.passes.binarize.judging import Judge
 from fxpress.passes.binarize.responses import Responses, is_normalised
+from fxpress.passes.binarize.signs import best_factor
 from fxpress.passes.clone import clone_graph
+from fxpress.passes.layerwise.patches import weight_rows
 from fxpress.passes.runner import run_pass
 from fxpress.runtime.layers import BinaryLayer
 from torch import Tensor, nn
@@ -92,15 +94,37 @@ def test_errors_fall_and_what_does_not_help_is_undone(target: Any) -> None:
         assert divergence(graph, context) < before
 
 
-def test_weights_are_factors_times_signs() -> None:
-    graph, context = binary()
-    result = run(graph, context)
-    for update in result.metrics["layers"]:
-        layer: Any = graph.module.get_submodule(update["layer"])
-        sizes = layer.weight.detach().abs().flatten(1)
-        if update["kept"]:
-            assert torch.allclose(sizes, sizes.mean(1, keepdim=True).expand_as(sizes))
-            assert torch.allclose(layer.binary_weight, layer.weight, atol=1e-6)
+@pytest.mark.parametrize("scale", ["filter", "layer"])
+def test_latent_weights_say_how_far_signs_are_from_turning(scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first layer: that with the smallest |W| costs least to turn, and α is the fitted one."""
+    graph, context = binary(scale=scale)
+    node = next(node for node in graph.nodes if node.target == "3")
+    layer: Any = graph.module.get_submodule("3")
+    factor = layer.weight.detach().abs().mean()
+    monkeypatch.setattr(Judge, "loss", lambda *_: 0.0)  # keep it
+    run(graph, context, ignore=("6", "11"))
+    gathered = Responses(graph, context.original, node, 64)
+    gathered.collect(Judge(DATA, 1024, context.original.module, "test").learned, 10, None, "test")
+    (problem,) = gathered.problems(centred=True)
+    latent = weight_rows(gathered.plain, layer.weight.detach())[0].double().T
+    signs = torch.where(latent >= 0, 1.0, -1.0).double()
+    alpha = best_factor(signs, problem.cross, problem.gram @ signs)
+    if scale == "filter":
+        assert torch.allclose(latent.abs().mean(0), alpha, rtol=1e-5)
+    else:
+        assert float(latent.abs().mean()) == pytest.approx(float(factor), rel=1e-5)
+
+    def missed(b: Tensor) -> Tensor:
+        return (alpha.square() * (b * (problem.gram @ b)).sum(0)) - 2 * alpha * (b * problem.cross).sum(0)
+
+    costs = []
+    for i in range(len(signs)):
+        turned = signs.clone()
+        turned[i] *= -1
+        costs.append((missed(turned) - missed(signs)) / problem.gram[i, i] / alpha / 4)
+    cost, sizes = torch.stack(costs), latent.abs() / latent.abs().mean(0)
+    assert float(cost.min()) > -1e-9
+    assert torch.allclose(sizes, cost / cost.mean(0), atol=0.01)
 
 
 def test_the_error_is_that_of_the_responses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +168,7 @@ def test_layers_behind_are_tuned_and_those_before_are_not() -> None:
     graph, context = binary(data)
     stem = graph.module.get_submodule("0").weight.clone()  # type: ignore[operator, union-attr]
     head = graph.module.get_submodule("13").weight.clone()  # type: ignore[operator, union-attr]
-    result = run(graph, context, tune=2, lr=0.01)
+    result = run(graph, context, tune=2, lr=0.01, precision="bf16")
     assert "validation loss" in result.notes[-1]
     assert result.metrics["loss"][1] <= result.metrics["loss"][0]
     assert any(u["kept"] for u in result.metrics["layers"])
