@@ -145,23 +145,69 @@ int16_t codes_of_pixel(const Job& job, const uint8_t* levels, uint8_t* codes, co
     return int16_t(_mm512_reduce_add_epi64(sum));
 }
 
+// The same for at most 128 channels: three permutes gather what a code is made of.
+class Narrow {
+public:
+    static constexpr int64_t MOST_CHANNELS = 128;
+
+    explicit Narrow(const Job& job) : channels_(job.call.channels), bytes_(2 * job.groups) {
+        alignas(64) uint8_t from[3][64] = {};
+        for (int64_t i = 0; i < bytes_; i++)
+            for (int64_t k = 0; k < 3; k++) {
+                const int64_t channel = (3 * (i / job.groups) + k) * job.groups + i % job.groups;
+                if (channel >= channels_) continue;
+                from[k][i] = uint8_t(channel);
+                there_[k] |= uint64_t(1) << i;
+            }
+        for (int64_t k = 0; k < 3; k++) from_[k] = _mm512_load_si512(from[k]);
+    }
+    FX_INLINE int16_t operator()(const uint8_t* levels, uint8_t* codes, const uint8_t* end) const {
+        const __m512i low = masked(levels, channels_);
+        const __m512i high = channels_ > 64 ? masked(levels + 64, channels_ - 64) : low;
+        __m512i part[3];
+        FX_UNROLL
+        for (int k = 0; k < 3; k++)
+            part[k] = _mm512_maskz_mov_epi8(there_[k], _mm512_permutex2var_epi8(low, from_[k], high));
+        const __m512i code =
+            _mm512_ternarylogic_epi32(part[0], _mm512_slli_epi16(part[1], 2), _mm512_slli_epi16(part[2], 4), 0xfe);
+        if (end - codes >= 64) _mm512_storeu_si512(codes, code);
+        else _mm512_mask_storeu_epi8(codes, first_of(bytes_), code);
+        const __m512i all = _mm512_add_epi8(part[0], _mm512_add_epi8(part[1], part[2]));
+        return int16_t(_mm512_reduce_add_epi64(_mm512_sad_epu8(all, _mm512_setzero_si512())));
+    }
+
+private:
+    static FX_INLINE __m512i masked(const uint8_t* levels, int64_t count) {
+        return _mm512_and_si512(_mm512_maskz_loadu_epi8(first_of(count), levels), _mm512_set1_epi8(3));
+    }
+    const int64_t channels_, bytes_;
+    __mmask64 there_[3] = {};
+    __m512i from_[3];
+};
+
 bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
     int16_t* totals = job.totals_of(image);
     const int64_t last = least(end, call.pixels());
+    // levels are read in other pieces than they are written in: some pixels later, when they have left the store buffer
+    const int64_t few = call.levels_in ? 1 : 8, level_step = call.levels_in ? call.channels : call.channels + 64;
     uint8_t* found = nullptr;
     if (!call.levels_in) {
-        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(call.channels + 64)));
+        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(few * level_step)));
         if (!found) return false;
     }
     // the codes behind the last pixel may be another thread's
-    uint8_t *codes = job.codes_of(image) + begin * job.pixel_step(), *const stop = codes + (last - begin) * job.pixel_step();
-    for (int64_t p = begin; p < last; p++) {
-        const int64_t at = ((job.first + image) * call.pixels() + p) * call.channels;
+    uint8_t* codes = job.codes_of(image) + begin * job.pixel_step();
+    const uint8_t* const stop = codes + (last - begin) * job.pixel_step();
+    const bool is_narrow = call.channels <= Narrow::MOST_CHANNELS;
+    const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, 0, nullptr, nullptr});
+    for (int64_t p = begin; p < last; p += few) {
+        const int64_t count = least(few, last - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
+        for (int64_t i = 0; found && i < count; i++)
+            levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels, found + i * level_step);
         const uint8_t* levels = found ? found : static_cast<const uint8_t*>(call.x) + at;
-        if (found) levels_of_pixel(call, static_cast<const float*>(call.x) + at, found);
-        totals[p] = codes_of_pixel(job, levels, codes, stop);
-        codes += job.pixel_step();
+        for (int64_t i = 0; i < count; i++, levels += level_step, codes += job.pixel_step())
+            totals[p + i] = is_narrow ? narrow(levels, codes, stop) : codes_of_pixel(job, levels, codes, stop);
     }
     return true;
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t CODES_BYTES = 8 << 20;  // of the images that are computed together
 constexpr int64_t PIECE = 512;            // pixels that a thread quantises at a time
-constexpr int64_t FEW_PIXELS = 16;        // at least so many are written at a time
+constexpr int64_t WRITTEN = 112;          // pixels that are written together, whole vectors of 16 for many widths
 
 // Tables of three channels by their code: of the index bits 0..2, and of the bits 3..5.
 struct ThreeTables {
@@ -63,6 +63,7 @@ private:
     int64_t input_row(int64_t y, int64_t ky) const { return y * call.stride[0] - call.padding[0] + ky * call.dilation[0]; }
     bool is_inside(int64_t row) const { return row >= 0 && row < call.height; }
     void compute(int64_t y, int64_t line);
+    void run_tiles(Tile* tile, int64_t piece, int64_t line) const;
     void make_tables(int64_t row, int64_t piece) const;
     void make_tables(int64_t row, int64_t group, uint8_t* to) const;
     void add_windows(int64_t y, int16_t* to) const;
@@ -77,7 +78,7 @@ bool Band::plan() {
     group_bytes = columns * 64, row_bytes = job.groups * group_bytes;
     ring = (layout.kh - 1) * call.dilation[0] + 1;
     tiles = ceil_div(call.out_width, MOST_COLUMNS);
-    lines = least(bottom - top, ceil_div(FEW_PIXELS, call.out_width));
+    lines = least(bottom - top, ceil_div(WRITTEN, call.out_width));
     tables = static_cast<uint8_t*>(scratch(SLOT_CONV_IMAGE, size_t(ring * row_bytes)));
     sums = static_cast<uint16_t*>(scratch(SLOT_CONV_ROWS, size_t((last - first) * lines * call.out_width * 128)));
     void* found = scratch(SLOT_CONV_EXACT, size_t(ring) * sizeof(int64_t) + size_t(lines * call.out_width + 64) * 2);
@@ -110,7 +111,7 @@ void Band::make_tables(int64_t row, int64_t group, uint8_t* to) const {
     const uint8_t* codes =
         job.codes_of(image) + (row * call.width + shift) * job.pixel_step() + group * job.code_step();
     uint8_t *at = to + begin * 64, *const stop = to + end * 64;
-    for (; at < stop; at += 64, codes += next)
+        for (; at < stop; at += 64, codes += next)
         _mm512_store_si512(
             at, _mm512_add_epi8(_mm512_load_si512(known.low[codes[0]]), _mm512_load_si512(known.high[codes[other]])));
 }
@@ -121,35 +122,38 @@ void Band::compute(int64_t y, int64_t line) {
     tile.kw = layout.kw, tile.group_bytes = group_bytes;
     tile.tap_bytes = layout.kw == 1 ? 0 : call.dilation[1] * 64;
     tile.column_bytes = call.stride[1] / step * 64;
-    int64_t taps[TABLE_ROWS];  // kernel rows that lie in the image
+    int64_t taps[TABLE_ROWS], rows[TABLE_ROWS];  // kernel rows that lie in the image, and where
     for (int64_t ky = 0; ky < layout.kh; ky++)
-        if (is_inside(input_row(y, ky))) taps[tile.rows++] = ky;
-    const int64_t line_words = lines * call.out_width * 64;
+        if (is_inside(input_row(y, ky))) taps[tile.rows] = ky, rows[tile.rows++] = input_row(y, ky);
+    for (int64_t i = 0; i < tile.rows; i++) tile.table_row[i] = rows[i] % ring * row_bytes;
     for (int64_t piece = 0; piece < pieces; piece++) {
-        const int64_t begin = piece * at_once, blocks = ceil_div(layout.outputs, 64);
-        tile.groups = least(at_once, job.groups - begin), tile.begins = piece == 0;
-        const uint8_t* rows[TABLE_ROWS];
+        tile.groups = least(at_once, job.groups - piece * at_once), tile.begins = piece == 0;
         for (int64_t i = 0; i < tile.rows; i++) {
-            const int64_t row = input_row(y, taps[i]);
-            if (made[row % ring] != row) make_tables(row, piece);
-            rows[i] = tables + row % ring * row_bytes + begin * group_bytes;
+            if (made[rows[i] % ring] != rows[i]) make_tables(rows[i], piece);
+            tile.weight_row[i] = taps[i] * tile.groups * layout.kw * 64;
         }
-        const int64_t line_bytes = tile.groups * layout.kw * 64, block_bytes = layout.kh * line_bytes;
-        const uint8_t* weights = layout.payload + begin * blocks * layout.taps() * 64;
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t x = call.out_width * t / tiles, count = call.out_width * (t + 1) / tiles - x;
-            TileFunction* const run_tile = tile_function(count, three);
-            for (int64_t i = 0; i < tile.rows; i++) tile.tables[i] = rows[i] + x * tile.column_bytes;
-            tile.left = x < call.padding[1], tile.right = x + count + 2 - call.padding[1] > call.width;
-            for (int64_t block = first; block < last; block++) {
-                for (int64_t i = 0; i < tile.rows; i++)
-                    tile.weights[i] = weights + block * block_bytes + taps[i] * line_bytes;
-                tile.sums = sums + (block - first) * line_words + (line * call.out_width + x) * 64;
-                run_tile(tile);
-            }
+        run_tiles(&tile, piece, line);
+    }
+    for (int64_t i = 0; i < tile.rows; i++) made[rows[i] % ring] = rows[i];
+}
+
+// All columns and outputs of a piece; the tables of a tile stay in the L1 cache.
+void Band::run_tiles(Tile* tile, int64_t piece, int64_t line) const {
+    const int64_t begin = piece * at_once, block_words = lines * call.out_width * 64;
+    const int64_t block_bytes = tile->groups * layout.taps() * 64;
+    const uint8_t* const weights =
+        layout.payload + begin * ceil_div(layout.outputs, 64) * layout.taps() * 64 + first * block_bytes;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t x = call.out_width * t / tiles, count = call.out_width * (t + 1) / tiles - x;
+        TileFunction* const run_tile = tile_function(count, three);
+        tile->tables = tables + begin * group_bytes + x * tile->column_bytes;
+        tile->left = x < call.padding[1], tile->right = x + count + 2 - call.padding[1] > call.width;
+        tile->weights = weights, tile->sums = sums + (line * call.out_width + x) * 64;
+        for (int64_t block = first; block < last; block++) {
+            run_tile(*tile);
+            tile->weights += block_bytes, tile->sums += block_words;
         }
     }
-    for (int64_t i = 0; i < tile.rows; i++) made[input_row(y, taps[i]) % ring] = input_row(y, taps[i]);
 }
 
 void Band::add_windows(int64_t y, int16_t* to) const {

@@ -42,9 +42,9 @@ constexpr int64_t MOST_COLUMNS = 8;  // output pixels of a tile
 
 // Sums of `columns` pixels and 64 outputs over a few groups and all kernel rows that lie in the image.
 struct Tile {
-    const uint8_t* tables[TABLE_ROWS];   // [kernel row] table of the first group and tap
-    const uint8_t* weights[TABLE_ROWS];  // [kernel row] [group][kx][64]
+    const uint8_t *tables, *weights;  // of the first group and tap; weights [group][kx][64]
     int64_t rows, groups, kw;
+    int64_t table_row[TABLE_ROWS], weight_row[TABLE_ROWS];  // where those of a kernel row begin
     int64_t group_bytes, tap_bytes, column_bytes;  // steps in `tables`
     bool left, right;  // whether the first, the last of columns + 2 tables lies in the padding (three taps side by side)
     bool begins;       // whether these are the first groups: what `sums` held does not count

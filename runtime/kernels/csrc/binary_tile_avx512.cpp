@@ -125,7 +125,7 @@ void run(const Tile& tile) {
         __m512i sum[COLUMNS];
         FX_UNROLL
         for (int c = 0; c < COLUMNS; c++) sum[c] = _mm512_setzero_si512();
-        const uint8_t *tables = tile.tables[ky], *weights = tile.weights[ky];
+        const uint8_t *tables = tile.tables + tile.table_row[ky], *weights = tile.weights + tile.weight_row[ky];
         for (int64_t group = 0; group < tile.groups; group++) {
             if (THREE) add_three(sum, tile, tables, weights);
             else add_each(sum, tile, tables, weights);

@@ -22,6 +22,7 @@ struct Scales {
     Scales(const BinaryCall& call, int64_t output) {
         const int64_t count = most(0, least(16, int64_t(call.layout.outputs) - output));
         mask = __mmask16((1u << count) - 1);
+        if (!count) output = 0;  // no address beyond the end
         scale = _mm512_maskz_loadu_ps(mask, call.scale + output);
         bias = call.bias ? _mm512_maskz_loadu_ps(mask, call.bias + output) : _mm512_setzero_ps();
     }
@@ -66,6 +67,20 @@ FX_INLINE void transpose(__m512* v) {
     }
 }
 
+// `rows` rows of `pixels` values, both at most 16.
+FX_INLINE void store_rows(const BinaryCall& call, const __m512* v, float* at, int64_t rows, int64_t pixels) {
+    const int64_t step = call.out_pixels();
+    if (rows == 16 && pixels == 16) {
+        FX_UNROLL
+        for (int i = 0; i < 16; i++) _mm512_storeu_ps(at + i * step, ended(call, v[i], at + i * step, 0xffff));
+        return;
+    }
+    const __mmask16 mask = __mmask16((1u << pixels) - 1);
+    FX_UNROLL
+    for (int i = 0; i < 16; i++)
+        if (i < rows) _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
+}
+
 // 64 outputs -> (outputs, pixels)
 void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
     const BinaryCall& call = of.job.call;
@@ -86,16 +101,7 @@ void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
                 for (int i = 0; i < 16; i++) v[i] = scales(from + 64 * least(i, pixels - 1));
             }
             transpose(v);
-            const __mmask16 mask = __mmask16((1u << pixels) - 1);
-            float* at = to + o * step + x;
-            if (rows == 16) {
-                FX_UNROLL
-                for (int i = 0; i < 16; i++)
-                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
-            } else {
-                for (int64_t i = 0; i < rows; i++)
-                    _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
-            }
+            store_rows(call, v, to + o * step + x, rows, pixels);
         }
     }
 }
@@ -103,14 +109,21 @@ void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
 // 64 outputs -> channels-last
 void write_pixels(const Finished& of, int64_t block, const uint16_t* sums) {
     const BinaryCall& call = of.job.call;
-    const int64_t outputs = call.layout.outputs;
+    const int64_t outputs = call.layout.outputs, first = 64 * block, count = least(64, outputs - first);
     const int64_t pixel = (of.job.first + of.image) * call.out_pixels() + of.place;
-    for (int64_t o = 64 * block; o < least(outputs, 64 * block + 64); o += 16) {
-        const Scales scales(call, o);
-        const uint16_t* from = sums + o % 64;
-        float* to = static_cast<float*>(call.y) + pixel * outputs + o;
-        for (int64_t x = 0; x < of.pixels; x++, to += outputs)
-            _mm512_mask_storeu_ps(to, scales.mask, ended(call, scales(from + 64 * x), to, scales.mask));
+    float* to = static_cast<float*>(call.y) + pixel * outputs + first;
+    const Scales scales[4] = {{call, first}, {call, first + 16}, {call, first + 32}, {call, first + 48}};
+    for (int64_t x = 0; x < of.pixels; x++, to += outputs, sums += 64) {
+        if (count == 64) {
+            FX_UNROLL
+            for (int i = 0; i < 4; i++)
+                _mm512_storeu_ps(to + 16 * i, ended(call, scales[i](sums + 16 * i), to + 16 * i, 0xffff));
+            continue;
+        }
+        for (int i = 0; 16 * i < count; i++) {
+            const __mmask16 mask = scales[i].mask;
+            _mm512_mask_storeu_ps(to + 16 * i, mask, ended(call, scales[i](sums + 16 * i), to + 16 * i, mask));
+        }
     }
 }
 
