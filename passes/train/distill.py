@@ -48,8 +48,9 @@ class Distill(TrainingOptions, LossOptions, Pass):
     semantics: ClassVar[Semantics] = TRAINING
     needs: ClassVar[tuple[str, ...]] = ("train",)
 
-    only: Literal["codebooks"] | None = None
-    """Train the codewords of product-quantized layers alone; null trains all parameters. Indices never change."""
+    only: Literal["codebooks", "quantized"] | None = None
+    """Train the codewords of product-quantized layers alone, or (`quantized`) these and the biases of the same layers;
+    null trains all parameters. Indices never change."""
     record: bool | str = False
     """Record how the filters change over the second half of the epochs, for a later `criterion: statistics`: in this
     pipeline (`true`), or in a file of this name as well."""
@@ -62,7 +63,7 @@ class Distill(TrainingOptions, LossOptions, Pass):
             taps = find_places(graph, teacher, places=self.places, teacher_places=self.teacher_places)
         inputs = graph.example_kwargs or graph.example_args
         recorder = self.recorder(graph.module)
-        with _codebooks_alone(graph.module) if self.only else contextlib.nullcontext():
+        with _some_alone(graph.module, self.only) if self.only else contextlib.nullcontext():
             result = self.teach(
                 graph.module,
                 teacher,
@@ -132,15 +133,16 @@ class Distill(TrainingOptions, LossOptions, Pass):
 
 
 @contextlib.contextmanager
-def _codebooks_alone(network: nn.Module) -> Iterator[None]:
-    """Until the block is left, no parameter but the codewords of product-quantized layers learns."""
-    codebooks = {id(layer.codebook) for layer in network.modules() if isinstance(layer, PQLayer)}
-    if not codebooks:
+def _some_alone(network: nn.Module, only: str) -> Iterator[None]:
+    """Until the block is left, no parameter learns but codewords of product-quantized layers, or also their biases."""
+    layers = [layer for layer in network.modules() if isinstance(layer, PQLayer)]
+    learned = {id(p) for layer in layers for p in ([layer.codebook] if only == "codebooks" else layer.parameters())}
+    if not layers:
         raise OptionError(
             "pass 'distill', option 'only': the network has no product-quantized layer",
             hint="Put `product-quantize` before it, or leave the option out.",
         )
-    frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in codebooks]
+    frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in learned]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

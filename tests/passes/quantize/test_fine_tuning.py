@@ -42,11 +42,13 @@ def tuned(net, data, **options):
     return before, after.module, after.report["distill"].metrics["loss"]
 
 
-def test_codewords_learn_with_fixed_indices(net, data):
-    before, after, losses = tuned(net, data, only="codebooks", epochs=4, lr=0.003)
+@pytest.mark.parametrize("only", ["codebooks", "quantized"])
+def test_codewords_learn_with_fixed_indices(net, data, only):
+    before, after, losses = tuned(net, data, only=only, epochs=4, lr=0.003)
     old, new = before.state_dict(), after.state_dict()
+    biases = [] if only == "codebooks" else [f"{n}.bias" for n, m in after.named_modules() if isinstance(m, PQLayer)]
     for name, tensor in old.items():
-        learned = name.endswith("codebook")
+        learned = name.endswith("codebook") or name in biases
         assert torch.equal(tensor, new[name]) != learned or "running" in name or "tracked" in name, name
     assert all(parameter.requires_grad for parameter in after.parameters())
     assert losses[-1] < losses[0]
