@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "alternate-update": "binarize.alternate_update:AlternateUpdate",
     "reestimate-batchnorm": "train.reestimate_batchnorm:ReestimateBatchnorm",
     "product-quantize": "quantize.product_quantize:ProductQuantize",
+    "quantize-int8": "quantize.quantize_int8:QuantizeInt8",
     "distill": "train.distill:Distill",
     "emit": "emit.emit:Emit",
 }

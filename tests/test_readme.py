@@ -45,5 +45,5 @@ def test_links_lead_somewhere(repository: Path) -> None:
 def test_every_pass_is_described(repository: Path) -> None:
     from fxpress.passes.registry import PASSES
 
-    described = set(re.findall(r"^\| `([a-z-]+)` \|", (repository / "README.md").read_text(encoding="utf-8"), re.M))
+    described = set(re.findall(r"^\| `([a-z0-9-]+)` \|", (repository / "README.md").read_text(encoding="utf-8"), re.M))
     assert set(PASSES) <= described

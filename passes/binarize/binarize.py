@@ -18,7 +18,7 @@ from ...runtime.training.statistics import reestimate_norms
 from ..analyse.sharing import processes
 from ..base import LOSSY, Context, Pass, PassResult, Semantics
 from ..options import InvalidOptionError
-from ..quantize.int8 import int8_layer, observe_inputs
+from ..quantize.int8 import install_int8, observe_inputs
 from .choosing import Ends, Job, choose
 from .layers import binary_layer, drop_bias, scale_inputs
 from .quantizing import Quantizing, Statistics
@@ -158,12 +158,11 @@ class Binarize(Pass):
     # -- weights --------------------------------------------------------------------------------------------
 
     def _binarize(self, graph: Graph, every: list[Job], result: PassResult) -> None:
-        for job in every:
-            layer: Any = graph.layer(job.node)
-            small = job.kind == "int8"
-            fresh = int8_layer(layer) if small else binary_layer(layer, self.weights, self.scale)
-            graph.module.set_submodule(job.path, fresh)
         jobs = [job for job in every if job.kind == "binary"]
+        install_int8(graph, {job.path: job.node for job in every if job.kind == "int8"})
+        for job in jobs:
+            layer: Any = graph.layer(job.node)
+            graph.module.set_submodule(job.path, binary_layer(layer, self.weights, self.scale))
         if len(jobs) < len(every):
             result.notes.append(f"8 bits: {', '.join(job.path for job in every if job.kind == 'int8')}")
         dropped = sum(drop_bias(graph, job.node) for job in jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from ..base import Context
 from ..batch import example_batch
 from ..fuse.affine import is_tied
 
+aten = torch.ops.aten
 IMAGES = 512
 """Calibration images, at most, that spans are taken from."""
 
@@ -40,6 +42,19 @@ def unfit(graph: Graph, node: fx.Node) -> str | None:
 def int8_layer(layer: nn.Conv2d | nn.Linear) -> Int8Layer:
     """An 8-bit layer that takes over the parameters of a plain one."""
     return Int8Linear.from_plain(layer) if isinstance(layer, nn.Linear) else Int8Conv2d.from_plain(layer)
+
+
+def install_int8(graph: Graph, layers: Mapping[str, fx.Node]) -> None:
+    """Put 8-bit layers in the place of plain ones, by path, in a graph that is being edited.
+
+    What integer kernels give lies channels-last in memory: a `view` becomes the `reshape` that copies where it must.
+    """
+    for path, node in layers.items():
+        layer: Any = graph.layer(node)
+        graph.module.set_submodule(path, int8_layer(layer))
+    for node in graph.nodes if layers else ():
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def observe_inputs(graph: Graph, nodes: Sequence[fx.Node], context: Context, title: str) -> str:

@@ -80,12 +80,17 @@ def with_exceptions(
     changes = [("layers", pattern, change) for pattern, change in table.items()]
     changes += [("ignore", pattern, LayerSetting(skip=True)) for pattern in ignore]
     for option, pattern, change in changes:
-        for path in _matching(pattern, result, f"{who}, option {option!r}"):
+        for path in matching(pattern, result, f"{who}, option {option!r}"):
             result[path] = result[path].but(change)
     return result
 
 
-def _matching(pattern: str, paths: Iterable[str], who: str) -> list[str]:
+def matching(pattern: str, paths: Iterable[str], who: str) -> list[str]:
+    """Paths that a pattern fits.
+
+    Raises:
+        OptionError: there is none; names those that there are.
+    """
     known = list(paths)
     found = [path for path in known if fnmatchcase(path, pattern)]
     if not found:
