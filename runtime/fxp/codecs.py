@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import int8, quantized
+from . import binary, int8, quantized
 from .checks import JSON, FormatError, check_object
 
 PACKED = "fxpress/layers"  # no path of a module has a slash
@@ -40,8 +40,10 @@ class Codec:
 
 _PRODUCT = Codec(quantized.fits, quantized.encode_layer, quantized.decode_layer)
 _INT8 = Codec(int8.fits, int8.encode_layer, int8.decode_layer)
+_SIGNS = Codec(binary.fits, binary.encode_layer, binary.decode_layer)
 CODECS: dict[str, Codec] = {
     "PQLinear": _PRODUCT, "PQConv2d": _PRODUCT, "Int8Linear": _INT8, "Int8Conv2d": _INT8,
+    "BinaryLinear": _SIGNS, "BinaryConv2d": _SIGNS,
 }  # fmt: skip
 
 
