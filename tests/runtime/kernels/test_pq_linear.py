@@ -152,6 +152,22 @@ def test_any_memory(isa: str) -> None:
         torch.testing.assert_close(pq_linear(x, apart, layout, layer.bias, 77, "int8"), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("width", [3, 4, 8])
+@pytest.mark.parametrize("codewords", [16, 32, 64])
+def test_prepared_codebooks_change_no_bit(isa: str, codewords: int, width: int) -> None:
+    """Adjacent code words are read by code of its own, but for a ragged last sub-space; few images and many."""
+    layer = Layer(150, codewords, width, 300, ragged=1)
+    book, layout = kernels.prepare_codebook(layer.codebook), kernels.prepare_linear(layer.indices, codewords, "int8")
+    for batch in (1, 5):
+        x = torch.randn(batch, layer.inputs)
+        with kernels.using(isa):
+            for tables in TABLES:
+                y = pq_linear(x, book, layout, layer.bias, 300, tables)
+                assert torch.equal(y, layer.run(x, tables, layout))
+                assert torch.equal(y[:1], pq_linear(x[:1], book, layout, layer.bias, 300, tables))
+
+
 def test_leading_dimensions() -> None:
     layer = Layer(4, 16, 4, 10)
     x = torch.randn(2, 3, 16)
