@@ -65,6 +65,8 @@ def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: i
     layer = graph.layer(source)
     if isinstance(layer, PQLayer):
         return f"its input {source.name} is product-quantized: outputs share codewords, none has a factor of its own"
+    if isinstance(layer, Int8Layer) and layer.relu:
+        return f"its input {source.name} rectifies what it gives"
     if layer is None or not isinstance(layer, kinds):
         return f"its input {source.name} is no {_names(kinds)}"
     if len(source.users) > 1:

@@ -23,6 +23,7 @@ class Int8Conv2d(Int8Layer):
 
     Args:
         in_channels: as of `torch.nn.Conv2d`, and so all up to `bias`.
+        relu: whether negative outputs become 0.
 
     Raises:
         OptionError: padding that is no number.
@@ -38,10 +39,12 @@ class Int8Conv2d(Int8Layer):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
+        relu: bool = False,
     ) -> None:
         if isinstance(padding, str):
             raise OptionError(f"padding is {padding!r}; allowed: numbers", hint="'valid' is 0, 'same' half the kernel.")
-        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias))
+        sizes = in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+        super().__init__(nn.Conv2d(*sizes), relu)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
         self.padding, self.dilation = _pair(padding), _pair(dilation)
@@ -67,7 +70,7 @@ class Int8Conv2d(Int8Layer):
     def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
         y: Tensor = torch.ops.fxpress.int8_conv2d(
             x, prepared.weights, prepared.offset, prepared.scale, self.bias, prepared.inverse, prepared.zero,
-            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, False,
+            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.relu,
         )  # fmt: skip
         return y
 
@@ -82,8 +85,8 @@ class Int8Conv2d(Int8Layer):
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
         size = f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}"
-        return f"{size}, padding={self.padding}, groups={self.groups}"
+        return f"{size}, padding={self.padding}, groups={self.groups}{', relu=True' if self.relu else ''}"
 
 
 _FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
-register_layer(Int8Conv2d, _FIELDS, ("bias",))
+register_layer(Int8Conv2d, (*_FIELDS, "relu"), ("bias",))

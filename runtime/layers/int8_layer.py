@@ -36,6 +36,7 @@ class Int8Layer(nn.Module):
 
     Args:
         plain: a layer of the same sizes, whose weight and bias become this one's.
+        relu: whether negative outputs become 0: a ReLU behind the layer costs nothing where its sums are written.
 
     Attributes:
         weight: float32 weights, (out, ...), which are what is trained.
@@ -49,8 +50,9 @@ class Int8Layer(nn.Module):
     weight_scale: Tensor
     input_range: Tensor
 
-    def __init__(self, plain: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, plain: nn.Linear | nn.Conv2d, relu: bool = False) -> None:
         super().__init__()
+        self.relu = relu
         self._prepared: _Prepared | None = None
         self.register_buffer("weight_scale", None)
         self.register_buffer("input_range", None)
@@ -104,7 +106,8 @@ class Int8Layer(nn.Module):
         seen = self.input_range[0] <= self.input_range[1]
         own = torch.stack(torch.aminmax(x.detach().nan_to_num(0, 0, 0))) if x.numel() else self.input_range
         values = input_values(x, *input_grid(torch.where(seen, self.input_range, own)))
-        return self._weighted(values, weight_values(self.weight, self.weight_scale))
+        y = self._weighted(values, weight_values(self.weight, self.weight_scale))
+        return y.relu() if self.relu else y
 
     def _by_integers(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling():  # what is there is taken as it is
@@ -114,7 +117,7 @@ class Int8Layer(nn.Module):
         return not self.training and not learns and floats and kernels.available()
 
     def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Outputs by the layer's own operation in float32."""
+        """Outputs by the layer's own operation in float32, not rectified."""
         raise NotImplementedError
 
     def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:

@@ -17,10 +17,11 @@ class Int8Linear(Int8Layer):
 
     Args:
         in_features: as of `torch.nn.Linear`, and so `out_features` and `bias`.
+        relu: whether negative outputs become 0.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(nn.Linear(in_features, out_features, bias))
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, relu: bool = False) -> None:
+        super().__init__(nn.Linear(in_features, out_features, bias), relu)
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
@@ -38,13 +39,14 @@ class Int8Linear(Int8Layer):
     def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
         y: Tensor = torch.ops.fxpress.int8_linear(
             x, prepared.weights, prepared.offset, prepared.scale, self.bias, prepared.inverse, prepared.zero,
-            self.out_features, False,
+            self.out_features, self.relu,
         )  # fmt: skip
         return y
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        relu = ", relu=True" if self.relu else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{relu}"
 
 
-register_layer(Int8Linear, ("in_features", "out_features", "bias"), ("bias",))
+register_layer(Int8Linear, ("in_features", "out_features", "bias", "relu"), ("bias",))

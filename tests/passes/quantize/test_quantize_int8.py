@@ -103,6 +103,32 @@ def test_emitted_networks_run_by_integers(layout: str, monkeypatch: pytest.Monke
         assert torch.equal(exported(X), y)
 
 
+def test_rectifiers_become_parts_of_layers() -> None:
+    class Shared(nn.Module):
+        """One ReLU that alone reads its layer, one beside another reader, and a batch norm behind a third."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.two(self.one(x).relu())
+            return self.norm(self.three(x + x.relu()).relu())
+
+    x = torch.randn(2, 4, 6, 6)
+    compiled = fxpress.compile(Shared().eval(), ["quantize-int8", "emit"], x)
+    layers: Any = dict(compiled.module.named_children())
+    assert [layers[name].relu for name in ("one", "two", "three")] == [True, False, True]
+    assert "2 ReLUs became parts of 8-bit layers" in compiled.report["emit"].notes
+    assert compiled.report["emit"].distance is not None
+    assert compiled.report["emit"].distance < 1e-5
+    again = fxpress.compile(compiled, ["fold-batchnorm"], x)  # a norm does not go through a ReLU
+    assert [skip.reason for skip in again.report["fold-batchnorm"].skips] == ["its input three rectifies what it gives"]
+    layer = layers["one"].train()
+    assert float(layer(x).detach().min()) == 0
+
+
 def test_a_file_holds_a_byte_for_each_weight(tmp_path: Path) -> None:
     convolutions = nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)
     big = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 16, 10)).eval()
