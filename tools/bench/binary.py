@@ -1,32 +1,37 @@
-"""How fast are layers of one-bit weights and two-bit activations? Layers against int8 engines.
+"""How fast are one-bit weights and two-bit activations? Layers and whole networks against int8 engines.
 
-    python -m fxpress.tools.bench.binary [--quick] [--only GLOB ...] [--larq PYTHON] [--json FILE]
+    python -m fxpress.tools.bench.binary [--quick] [--only GLOB ...] [--larq PYTHON] [--work DIR] [--json FILE]
 
-3×3 convolutions of 64 channels on 56×56, 128 on 28×28, 256 on 14×14, 512 on 7×7, and a fully connected layer
+Layers: 3×3 convolutions of 64 channels on 56×56, 128 on 28×28, 256 on 14×14, 512 on 7×7, and a fully connected layer
 4096×4096: batch 1 and 8, one and two threads, warm and cold cache, fp32 in and out,
 quantising and packing of the activations included.
 Against torch, ONNX Runtime and OpenVINO in fp32 and int8 on the same layer; all are timed in turns in one process
 (`timing`). With `--larq`, the convolutions also against Larq Compute Engine, whose weights and activations have one bit
 each; PYTHON is that of an environment of its own (`larq_engine` says how to make it). The last row is the geometric
 mean of the convolutions' speed-up over the better int8 engine.
-With `--json` the file's rows of other cases are kept, so that a run can be made in parts by `--only`.
+
+Networks: VGG-small, ResNet-18 and ResNet-56 (CIFAR), binarized and emitted, against the same float network in these
+engines (`binary_networks`): time, distance, and bytes of the file.
+
+With `--json` the file's rows of other cases are kept, so that a run can be made in parts by `--only`; `--work` keeps
+the files of all engines from part to part.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from ...ir.errors import FxpressError
 from .binary_layers import OURS, cases, measure_layer
-from .common import Row, header, read_rows, screen, write_rows
+from .binary_networks import NETWORKS, RECIPES, measure_network, measure_size
+from .common import Row, header, read_rows, screen, show, write_rows
 from .larq_engine import Larq, running
 from .loads import LOADS
-from .parts import Job, choose, parsed, parser, run_jobs, settings
+from .parts import Job, choose, parsed, parser, run_jobs, settings, work_folder
 from .timed_rows import INT8, merged, table
 
 MEAN_GOAL = 4.0
@@ -34,8 +39,9 @@ MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
 
 
 def main() -> None:
-    """Parse the command line; run the parts asked for, each written when it is done; print the table."""
-    arguments = parser(__doc__, "two layers, batch 1, one thread, few rounds", "'FC', 'conv*batch 8'")
+    """Parse the command line; run the parts asked for, each written when it is done; print the tables."""
+    quick = "two layers and VGG-small, batch 1, one thread, few rounds"
+    arguments = parser(__doc__, quick, "'FC', 'conv*batch 8', 'resnet18, batch 1, 1'")
     arguments.add_argument("--larq", type=Path, metavar="PYTHON", help="of an environment with larq-compute-engine")
     options = parsed(arguments)
     try:
@@ -50,8 +56,9 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         FxpressError: what `--larq` names cannot run.
     """
-    with tempfile.TemporaryDirectory(prefix="fxpress-") as folder, running(options.larq) as larq:
-        chosen = choose(jobs(Path(folder), options.rounds, larq, quick=options.quick), options.only)
+    with work_folder(options.work) as folder, running(options.larq) as larq:
+        every = jobs(folder, options.rounds, options.seed, larq, quick=options.quick)
+        chosen = choose(every, options.only)
         rows = [header(options.seed), Row("header", "settings", settings(options.rounds))]
         if larq is not None:
             rows.append(Row("header", "larq", larq.versions()))
@@ -59,22 +66,37 @@ def run(options: argparse.Namespace) -> None:
     kept = read_rows(options.json) if options.json else rows
     if options.json:
         write_rows(options.json, merged(kept, mean_row(kept)))
-    screen().print(table([*rows, *mean_row(kept)], "Binary layers against other engines; ratios: times faster"))
+    show_tables([*rows, *mean_row(kept)])
 
 
-def jobs(folder: Path, rounds: int, larq: Larq | None, *, quick: bool) -> Iterator[Job]:
-    """All parts in order; `quick`: two layers, batch 1, one thread.
+def jobs(folder: Path, rounds: int, seed: int, larq: Larq | None, *, quick: bool) -> Iterator[Job]:
+    """All parts in order; `quick`: two layers and VGG-small, batch 1, one thread.
 
     Args:
-        folder: keeps the files of the other engines from part to part.
+        folder: keeps the files of all engines from part to part.
         rounds: of a warm measurement.
+        seed: of the networks' weights and images.
         larq: runs the convolutions as well, if it is there.
         quick: whether the short form is wanted.
     """
     turns = rounds + -(-rounds // 2)
+    loads = LOADS[:1] if quick else LOADS
     for case in cases(quick=quick):
-        for load in LOADS[:1] if quick else LOADS:
+        for load in loads:
             yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds, larq), turns)
+    for network in NETWORKS[:1] if quick else NETWORKS:
+        yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), len(RECIPES))
+        for load in loads:
+            yield Job(f"{network.name}, {load}", partial(measure_network, network, load, folder, seed, rounds), rounds)
+
+
+def show_tables(rows: Sequence[Row]) -> None:
+    """Times, and bytes where there are any."""
+    console = screen()
+    console.print(table(rows, "Binary layers and networks against other engines; ratios: times faster"))
+    rest = [row for row in rows if " | " not in row.metric and row.case != "header"]
+    if rest:
+        show(rest, "Files; peer: the float network's", console)
 
 
 def mean_row(rows: Iterable[Row]) -> list[Row]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +59,15 @@ def run_jobs(chosen: Sequence[Job], rows: list[Row], file: Path | None) -> list[
     return rows
 
 
+@contextmanager
+def work_folder(asked: Path | None) -> Iterator[Path]:
+    """The folder of `--work`, or one that is removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="fxpress-") as scratch:
+        folder = asked or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
 def settings(rounds: int) -> dict[str, Any]:
     """What the numbers depend on besides the machine."""
     prefixes = ("OMP_", "GOMP_", "KMP_", "MALLOC_")
@@ -79,6 +90,7 @@ def parser(description: str | None, quick: str, example: str) -> argparse.Argume
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help=quick)
     made.add_argument("--only", nargs="+", default=[], metavar="GLOB", help=f"parts by name: {example}")
+    made.add_argument("--work", type=Path, metavar="DIR", help="keeps the files of all engines from run to run")
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--rounds", type=int, metavar="N", help="of a warm measurement; a cold one takes half as many")
     made.add_argument("--seed", type=int, default=0)

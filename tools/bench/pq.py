@@ -17,14 +17,13 @@ so that a run can be made in parts by `--only`; `--work` keeps the files of all 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from .common import Row, header, screen, show
 from .loads import LOADS
-from .parts import Job, choose, parsed, parser, run_jobs, settings
+from .parts import Job, choose, parsed, parser, run_jobs, settings, work_folder
 from .peak_memory import MEASURES as MEMORY
 from .pq_cases import cases
 from .pq_layers import measure_layer
@@ -39,14 +38,9 @@ TABLES = {
 
 def main() -> None:
     """Run the parts asked for; print the tables; write the rows after each part."""
-    arguments = parser(__doc__, "two layers and AlexNet, batch 1, one thread, few rounds", "'FC 9216', 'alexnet, file'")
-    arguments.add_argument(
-        "--work", type=Path, metavar="DIR", help="keeps exported and quantised networks between runs"
-    )
-    options = parsed(arguments)
-    with tempfile.TemporaryDirectory(prefix="fxpress-") as scratch:
-        folder = options.work or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
+    quick = "two layers and AlexNet, batch 1, one thread, few rounds"
+    options = parsed(parser(__doc__, quick, "'FC 9216', 'alexnet, file'"))
+    with work_folder(options.work) as folder:
         chosen = choose(jobs(folder, options.rounds, options.seed, quick=options.quick), options.only)
         rows = [header(options.seed), Row("header", "settings", settings(options.rounds))]
         show_tables(run_jobs(chosen, rows, options.json))
