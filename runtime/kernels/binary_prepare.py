@@ -6,15 +6,17 @@ from torch import Tensor
 
 from . import binary_layout as layouts
 from . import library
+from .binary_choice import LEAST_SPEEDUP, table_speedup
 
 
-def prepare_binary_conv2d(plus: Tensor, groups: int = 1, stride: int = 1) -> Tensor:
+def prepare_binary_conv2d(plus: Tensor, groups: int = 1, stride: int = 1, pixels: int | None = None) -> Tensor:
     """Layout for `torch.ops.fxpress.binary_conv2d` and `binary_conv2d_levels`.
 
     Args:
         plus: signs (out, channels of a group, kh, kw), bool, True for +1.
         groups: of the convolution.
         stride: of the convolution along the width.
+        pixels: of its output, where they are known.
 
     Returns:
         A 1-D uint8 tensor for this machine's best kernel; all others read it too, more slowly.
@@ -22,7 +24,7 @@ def prepare_binary_conv2d(plus: Tensor, groups: int = 1, stride: int = 1) -> Ten
     Raises:
         KernelError: signs of another shape or type.
     """
-    return layouts.pack(layouts.SIX if _by_table(plus, groups, stride) else layouts.PLANES, plus, groups)
+    return layouts.pack(layouts.SIX if _by_table(plus, groups, stride, pixels) else layouts.PLANES, plus, groups)
 
 
 def prepare_binary_linear(plus: Tensor) -> Tensor:
@@ -30,13 +32,10 @@ def prepare_binary_linear(plus: Tensor) -> Tensor:
     return layouts.pack(layouts.PLANES, plus[:, :, None, None] if plus.dim() == 2 else plus)
 
 
-def _by_table(plus: Tensor, groups: int, stride: int) -> bool:
-    """Whether the table kernel can compute it, and has channels and outputs enough to pay for its tables.
-
-    The bounds of 16 are an estimate: they have not been measured against bit counting shape by shape.
-    """
-    if library.isas()[0] != "avx512" or plus.dim() != 4 or groups > 1 or stride > 2:
+def _by_table(plus: Tensor, groups: int, stride: int, pixels: int | None) -> bool:
+    """Whether the table kernel can compute it here, and is the faster one."""
+    if library.isas()[0] != "avx512" or plus.dim() != 4 or groups > 1 or not plus.numel():
         return False
     outputs, channels, kh, kw = plus.shape
     fits = kw <= layouts.BYTE_SUMS and kh <= layouts.TABLE_ROWS and kh * kw * channels <= layouts.WORD_SUMS
-    return fits and outputs >= 16 and channels >= 16
+    return fits and table_speedup(channels, outputs, kw, stride, pixels) >= LEAST_SPEEDUP

@@ -125,16 +125,8 @@ void Counting::pack(int64_t pixel) const {
     for (int64_t g = 0; g < call.layout.groups; g++) {
         uint64_t* to = words + pixel * pixel_words() + g * group_words();
         const int64_t at = pixel * call.channels + g * channels;
-        if (!call.levels_in) {
-            kernels.planes(static_cast<const float*>(call.x) + at, channels, call.edges, g * channels, to);
-            continue;
-        }
-        const uint8_t* levels = static_cast<const uint8_t*>(call.x) + at;
-        memset(to, 0, size_t(group_words()) * 8);
-        for (int64_t c = 0; c < channels; c++) {
-            to[c / 64 * 2] |= uint64_t(levels[c] & 1) << c % 64;
-            to[c / 64 * 2 + 1] |= uint64_t(levels[c] >> 1 & 1) << c % 64;
-        }
+        if (call.levels_in) kernels.level_planes(static_cast<const uint8_t*>(call.x) + at, channels, to);
+        else kernels.planes(static_cast<const float*>(call.x) + at, channels, call.edges, g * channels, to);
     }
 }
 

@@ -105,6 +105,8 @@ extern BinaryRun* const binary_table_avx512;
 struct BinaryPopcount {
     // `count` float32, the channels from `channel` on -> words of plane 0 and plane 1 in turn, ceil(count / 64) pairs
     void (*planes)(const float* x, int64_t count, const BinaryEdges& edges, int64_t channel, uint64_t* words);
+    // the same from levels in bytes
+    void (*level_planes)(const uint8_t* levels, int64_t count, uint64_t* words);
     // sums[row][o] = levels that meet +1, o < 8 * blocks; rows of `words` pairs; weights PLANES from a block on that is
     // the first of those beside it
     void (*dot)(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks,

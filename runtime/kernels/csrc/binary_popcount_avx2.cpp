@@ -39,6 +39,24 @@ void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t cha
     }
 }
 
+void level_planes(const uint8_t* levels, int64_t count, uint64_t* words) {
+    for (int64_t begin = 0; begin < count; begin += 64) {
+        alignas(32) uint8_t part[64] = {};
+        const uint8_t* from = levels + begin;
+        if (count - begin < 64) {
+            for (int64_t i = 0; i < count - begin; i++) part[i] = from[i];
+            from = part;
+        }
+        uint64_t low = 0, high = 0;
+        for (int i = 0; i < 64; i += 32) {  // the bit that is wanted goes to the top of each byte
+            const __m256i found = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+            low |= uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_slli_epi16(found, 7)))) << i;
+            high |= uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_slli_epi16(found, 6)))) << i;
+        }
+        words[begin / 32] = low, words[begin / 32 + 1] = high;
+    }
+}
+
 // Bits of every byte, by a table of those of its halves.
 FX_INLINE __m256i bits(__m256i v, __m256i table) {
     const __m256i nibble = _mm256_set1_epi8(15);
@@ -80,6 +98,6 @@ void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* wei
 
 }  // namespace
 
-const BinaryPopcount binary_popcount_avx2 = {planes, dot};
+const BinaryPopcount binary_popcount_avx2 = {planes, level_planes, dot};
 
 }  // namespace fx

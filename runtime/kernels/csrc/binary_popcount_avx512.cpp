@@ -35,6 +35,16 @@ void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t cha
     }
 }
 
+void level_planes(const uint8_t* levels, int64_t count, uint64_t* words) {
+    for (int64_t begin = 0; begin < count; begin += 64) {
+        const int64_t rest = count - begin;
+        const __mmask64 mask = rest >= 64 ? ~__mmask64(0) : (__mmask64(1) << rest) - 1;
+        const __m512i found = _mm512_maskz_loadu_epi8(mask, levels + begin);
+        words[begin / 32] = _mm512_test_epi8_mask(found, _mm512_set1_epi8(1));
+        words[begin / 32 + 1] = _mm512_test_epi8_mask(found, _mm512_set1_epi8(2));
+    }
+}
+
 // BLOCKS blocks beside each other of ROWS rows; `stride` from one row's sums to the next.
 template <int ROWS, int BLOCKS>
 void dot_of(const uint64_t* rows, int64_t words, const uint64_t* weights, int64_t stride, int32_t* sums) {
@@ -85,6 +95,6 @@ void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* wei
 
 }  // namespace
 
-const BinaryPopcount binary_popcount_avx512 = {planes, dot};
+const BinaryPopcount binary_popcount_avx512 = {planes, level_planes, dot};
 
 }  // namespace fx

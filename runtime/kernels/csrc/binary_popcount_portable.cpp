@@ -26,6 +26,17 @@ void planes(const float* x, int64_t count, const BinaryEdges& edges, int64_t cha
     }
 }
 
+void level_planes(const uint8_t* levels, int64_t count, uint64_t* words) {
+    for (int64_t begin = 0; begin < count; begin += 64) {
+        uint64_t low = 0, high = 0;
+        for (int64_t i = 0; i < least(64, count - begin); i++) {
+            low |= uint64_t(levels[begin + i] & 1) << i;
+            high |= uint64_t(levels[begin + i] >> 1 & 1) << i;
+        }
+        words[begin / 32] = low, words[begin / 32 + 1] = high;
+    }
+}
+
 void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* weights, int64_t blocks, int32_t* sums) {
     for (int64_t r = 0; r < count; r++, rows += 2 * words, sums += 8 * blocks)
         for (int64_t block = 0; block < blocks; block++)
@@ -42,6 +53,6 @@ void dot(const uint64_t* rows, int64_t count, int64_t words, const uint64_t* wei
 
 }  // namespace
 
-const BinaryPopcount binary_popcount_portable = {planes, dot};
+const BinaryPopcount binary_popcount_portable = {planes, level_planes, dot};
 
 }  // namespace fx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from fxpress.ir.errors import KernelError
 from fxpress.runtime import kernels
+from fxpress.runtime.kernels import binary_choice
 from fxpress.runtime.kernels import binary_layout as layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +201,41 @@ def test_layouts_come_back(outputs: int, channels: int, kh: int, kw: int, layout
     header, found = layouts.unpack(layouts.pack(layout, plus))
     assert torch.equal(found, plus)
     assert (header.outputs, header.channels) == (outputs, channels)
+
+
+@pytest.mark.skipif(kernels.isas()[0] != "avx512", reason="one kernel only")
+def test_the_layout_is_chosen_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = {
+        "channels": [8, 64], "outputs": [8, 64], "pixels": [49, 784],
+        "speedup": {
+            "1x1": {"49": [[0.1, 0.2], [0.3, 0.4]], "784": [[0.5, 0.6], [0.7, 1.8]]},
+            "3x3": {"49": [[1.0, 2.0], [0.9, 3.0]], "784": [[1.1, 1.1], [1.1, 1.1]]},
+            "3x3, stride 2": {"49": [[0.0, 0.0], [0.0, 0.0]], "784": [[0.0, 0.0], [0.0, 0.0]]},
+        },
+    }  # fmt: skip
+    monkeypatch.setattr(binary_choice, "_measured", lambda: fake)
+    assert binary_choice.table_speedup(70, 50, 3, 1, 30) == 3.0
+
+    def chosen(plus: Tensor, **given: int) -> int:
+        return layouts.Header.read(kernels.prepare_binary_conv2d(plus, **given)).layout
+
+    assert chosen(signs(8, 64, 3, 3), pixels=49) == layouts.PLANES
+    assert chosen(signs(64, 8, 3, 3), pixels=49) == layouts.SIX
+    assert chosen(signs(64, 64, 1, 1), pixels=600) == layouts.SIX
+    assert chosen(signs(64, 64, 3, 3), stride=2) == layouts.PLANES
+    assert chosen(signs(64, 64, 3, 3), groups=2) == layouts.PLANES
+    assert chosen(signs(64, 1300, 3, 3)) == layouts.PLANES  # more than 16-bit sums hold
+
+
+def test_the_measured_choice_covers_all_sizes() -> None:
+    measured = json.loads(binary_choice.FILE.read_text())
+    assert set(measured["speedup"]) == {"1x1", "3x3", "3x3, stride 2"}
+    for by_pixels in measured["speedup"].values():
+        assert list(by_pixels) == [str(pixels) for pixels in measured["pixels"]]
+        for rows in by_pixels.values():
+            assert len(rows) == len(measured["channels"])
+            assert all(len(row) == len(measured["outputs"]) and min(row) > 0 for row in rows)
+    assert binary_choice.table_speedup(512, 512, 5, 1) > binary_choice.LEAST_SPEEDUP
 
 
 def convolve(layout: Tensor, **changed: Any) -> Tensor:
