@@ -394,3 +394,25 @@ def test_ends_of_8_bits(calibrated: bool) -> None:
     assert compiled(x).isfinite().all()
     again = fxpress.compile(compiled, passes, x, data=data)  # what is small already stays as it is
     assert again.report["binarize"].metrics["int8_layers"] == []
+
+
+def test_ends_of_8_bits_are_emitted_saved_and_loaded(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    stages = [part for i, o in ((3, 24), (24, 24), (24, 48)) for part in (
+        nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))]  # fmt: skip
+    model = nn.Sequential(*stages, nn.Flatten(), nn.Linear(48 * 4, 10)).eval()
+    x = torch.randn(4, 3, 16, 16)
+    data = fxpress.Data(train=[(x, torch.zeros(4, dtype=torch.long))])
+    ends = {"binarize": {"first": "int8", "last": "int8"}}
+    trained = fxpress.compile(model, [ends], x, data=data)
+    emitted = fxpress.compile(trained, ["emit"], x)
+    kinds = [type(layer).__name__ for layer in emitted.module.children()]
+    assert kinds.count("Int8Conv2d") == kinds.count("Int8Linear") == kinds.count("BinaryNetwork") == 1
+    emitted.save(tmp_path / "m.fxp")
+    loaded = fxpress.load(tmp_path / "m.fxp")
+    with torch.no_grad():
+        y = emitted(x)
+        assert torch.equal(loaded(x), y)
+        assert torch.allclose(emitted(x[:1]), y[:1], atol=1e-5)  # spans are the layer's: no image moves another's
+    bits, weights = sum(24 * 9 * o for o in (24, 48)) // 8, 24 * 27 + 10 * 192
+    assert bits + weights < (tmp_path / "m.fxp").stat().st_size < bits + weights + 12_000
