@@ -14,6 +14,7 @@ from ...ir.errors import OptionError
 from ...ir.graph import Graph, TensorSpec
 from ...ir.nodes import operand, shape_of
 from ...runtime.layers import BinaryLayer, Int8Layer, PQLayer
+from ...runtime.layers.padding import numeric_padding
 from ..base import Skip
 from ..fuse.affine import is_tied
 from ..options import nearest
@@ -127,13 +128,3 @@ def _unfit_call(graph: Graph, node: fx.Node, layer: nn.Conv2d | nn.Linear) -> st
     spec = node.meta["spec"]
     kind = spec.dtype if isinstance(spec, TensorSpec) else None
     return None if kind is not None and kind.is_floating_point else f"its output is {kind}"
-
-
-def numeric_padding(layer: nn.Conv2d) -> tuple[int, int] | None:
-    """Padding of both dimensions as numbers; None where it differs from side to side."""
-    if not isinstance(layer.padding, str):
-        return layer.padding[0], layer.padding[1]
-    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    if layer.padding == "valid":
-        return 0, 0
-    return None if any(r % 2 for r in reach) else (reach[0] // 2, reach[1] // 2)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...ir.graph import Graph
 from ...runtime.layers import BinaryConv2d, BinaryLayer, BinaryLinear
 from ...runtime.layers.binary import Scale, Weights
-from .choosing import numeric_padding
+from ...runtime.layers.padding import numeric_padding
 from .sources import op_name
 
 

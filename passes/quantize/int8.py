@@ -12,6 +12,7 @@ from ...ir.graph import Graph
 from ...ir.nodes import operand
 from ...runtime.data import images_in
 from ...runtime.layers import Int8Conv2d, Int8Layer, Int8Linear
+from ...runtime.layers.padding import numeric_padding
 from ..analyse.sharing import shared_list
 from ..analyse.streaming import stream_each
 from ..base import Context
@@ -30,8 +31,10 @@ def unfit(graph: Graph, node: fx.Node) -> str | None:
         return ""
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return f"a {type(layer).__name__} has no 8-bit form; Conv2d and Linear have"
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        return f"it pads with {layer.padding!r}, {layer.padding_mode}; 8-bit convolutions pad with zeros, by a number"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"it pads with {layer.padding_mode!r}; 8-bit convolutions pad with zeros"
+    if isinstance(layer, nn.Conv2d) and numeric_padding(layer) is None:
+        return "its padding 'same' is not the same on both sides"
     if len(node.args) > 1 or node.kwargs:
         return "it is called with more than its input"
     if sum(other.op == "call_module" and other.target == node.target for other in graph.nodes) > 1:

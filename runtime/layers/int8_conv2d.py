@@ -12,6 +12,7 @@ from torch.nn.modules.utils import _pair
 from ...ir.dialect import register_layer
 from ...ir.errors import OptionError
 from .int8_layer import Int8Layer, _Prepared
+from .padding import numeric_padding
 
 Size = int | tuple[int, int]
 
@@ -51,8 +52,13 @@ class Int8Conv2d(Int8Layer):
 
     @classmethod
     def from_plain(cls, layer: nn.Conv2d) -> Int8Conv2d:
-        """The 8-bit form of a convolution, whose parameters it takes over."""
-        window: tuple[Any, ...] = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        """The 8-bit form of a convolution, whose parameters it takes over.
+
+        Raises:
+            OptionError: padding that differs from side to side.
+        """
+        padded = numeric_padding(layer)
+        window: tuple[Any, ...] = layer.kernel_size, layer.stride, padded or layer.padding, layer.dilation
         kernel, stride, padding, dilation = window
         sizes = layer.in_channels, layer.out_channels, kernel, stride, padding, dilation
         with torch.device("meta"):

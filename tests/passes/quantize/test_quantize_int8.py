@@ -24,12 +24,13 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm2d(12)
         self.wide = nn.Conv2d(12, 20, 3, padding=2, dilation=2)
         self.grouped = nn.Conv2d(20, 20, 3, padding=1, groups=4)
-        self.same = nn.Conv2d(20, 6, 3, padding="same")
+        self.same = nn.Conv2d(20, 20, 3, padding="same")
+        self.even = nn.Conv2d(20, 6, 4, padding="same")
         self.fc = nn.Linear(6 * 64, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.wide(self.norm(self.stem(x)).relu()).relu()
-        x = self.same(self.grouped(x).relu())
+        x = self.even(self.same(self.grouped(x).relu()))
         return self.fc(x.view(x.shape[0], -1))
 
 
@@ -51,17 +52,17 @@ DATA = fxpress.Data(calibration=[(2 * X, torch.zeros(4, dtype=torch.long)), (-X,
 def test_what_is_quantised_and_what_is_not() -> None:
     compiled = fxpress.compile(network(), ["quantize-int8"], X, data=DATA)
     row = compiled.report["quantize-int8"]
-    assert row.metrics["int8_layers"] == ["stem", "wide", "fc"]
+    assert row.metrics["int8_layers"] == ["stem", "wide", "same", "fc"]
     kinds = {name: type(layer) for name, layer in compiled.module.named_children() if isinstance(layer, Int8Layer)}
-    assert kinds == {"stem": Int8Conv2d, "wide": Int8Conv2d, "fc": Int8Linear}
+    assert kinds == {"stem": Int8Conv2d, "wide": Int8Conv2d, "same": Int8Conv2d, "fc": Int8Linear}
     reasons = {skip.node: skip.reason for skip in row.skips}
-    assert set(reasons) == {"grouped", "same"}
+    assert set(reasons) == {"grouped", "even"}
     assert "4 groups" in reasons["grouped"]
-    assert "'same'" in reasons["same"]
+    assert "not the same on both sides" in reasons["even"]
     assert row.semantics == "lossy"
     assert row.distance is not None
     assert 0 < row.distance < 0.05
-    assert "3 layers have 8 bits" in row.notes[0]
+    assert "4 layers have 8 bits" in row.notes[0]
     again = fxpress.compile(compiled, ["quantize-int8"], X)
     assert again.report["quantize-int8"].notes == ["no layer is left to quantise"]
 
@@ -158,9 +159,9 @@ def test_it_trains() -> None:
 
 
 def test_layers_can_be_ignored() -> None:
-    compiled = fxpress.compile(network(), [{"quantize-int8": {"ignore": ["s*", "fc"]}}], X)
+    compiled = fxpress.compile(network(), [{"quantize-int8": {"ignore": ["s*", "fc", "even"]}}], X)
     row = compiled.report["quantize-int8"]
     assert row.metrics["int8_layers"] == ["wide"]
-    assert sum(skip.reason == "ignored by option" for skip in row.skips) == 3
+    assert sum(skip.reason == "ignored by option" for skip in row.skips) == 4
     with pytest.raises(OptionError, match="'quantize-int8', option 'ignore': no convolution or linear layer 'steam'"):
         fxpress.compile(network(), [{"quantize-int8": {"ignore": ["steam"]}}], X)
