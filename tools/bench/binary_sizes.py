@@ -40,18 +40,20 @@ def vgg() -> nn.Module:
     return nn.Sequential(*body, nn.Flatten(), nn.Linear(512 * 16, 10))
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, tuple[str, float]]]] = {
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, tuple[str, str, float]]]] = {
     "VGG-small": (vgg, 32, {
-        "first and last layer float32": ("float", 19.9),
-        "first layer float32, last one binary": ("binary", 30.0),
+        "first and last layer float32": ("float", "float", 19.9),
+        "first and last layer 8 bits": ("int8", "int8", 27.3),
+        "first layer float32, last one binary": ("float", "binary", 30.0),
     }),
     "ResNet-18": (resnet18, 64, {
-        "first and last layer float32": ("float", 13.3),
-        "first layer float32, last one binary": ("binary", 0.0),
+        "first and last layer float32": ("float", "float", 13.3),
+        "first and last layer 8 bits": ("int8", "int8", 24.1),
+        "first layer float32, last one binary": ("float", "binary", 0.0),
     }),
 }  # fmt: skip
-"""Builder, image size, and what the ends are: option `last` of `binarize`, and the ratio that weights and scales alone
-would have (0: not known)."""
+"""Builder, image size, and what the ends are: options `first` and `last` of `binarize`, and the ratio that weights and
+scales alone would have (0: not known)."""
 LAYERS_GOAL = 31.6
 """Of convolutions; a linear layer has a bias for each output as well."""
 
@@ -64,21 +66,22 @@ def main() -> None:
     options = parser.parse_args()
     rows = [header(0)]
     for name, (build, size, ends) in NETWORKS.items():
-        for words, (last, goal) in ends.items():
-            rows += sizes(f"{name}, {words}", build, size, last, goal)
+        for words, (first, last, goal) in ends.items():
+            rows += sizes(
+                f"{name}, {words}", trace(build().eval(), (torch.randn(1, 3, size, size),)), first, last, goal
+            )
     if options.json:
         write_rows(options.json, rows)
     show(rows, "Bytes of binarized networks", screen())
 
 
-def sizes(case: str, build: Callable[[], nn.Module], size: int, last: Any, goal: float) -> list[Row]:
-    """Rows of one network."""
-    graph = trace(build().eval(), (torch.randn(1, 3, size, size),))
+def sizes(case: str, graph: Graph, first: Any, last: Any, goal: float) -> list[Row]:
+    """Rows of one network, which is binarized and emitted here."""
     whole = 4 * sum(
         layer.weight.numel() for layer in graph.module.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
     )
     context = Context(original=graph.copy(), verify=False)
-    run_pass(Binarize(last=last), graph, context)
+    run_pass(Binarize(first=first, last=last), graph, context)
     layers: list[BinaryLayer] = [layer for layer in graph.module.modules() if isinstance(layer, BinaryLayer)]
     weights, alone = 4 * sum(layer.weight.numel() for layer in layers), sum(map(stored_bytes, layers))
     run_pass(Emit(layout="contiguous"), graph, context)
@@ -87,7 +90,7 @@ def sizes(case: str, build: Callable[[], nn.Module], size: int, last: Any, goal:
     return [
         Row(case, "weights, float32", whole, "bytes"),
         Row(case, f"{len(layers)} binary layers: bits and scales", alone, "bytes"),
-        _ratio(case, "layers | times smaller", weights / alone, LAYERS_GOAL if last == "float" else 0.0),
+        _ratio(case, "layers | times smaller", weights / alone, LAYERS_GOAL if last != "binary" else 0.0),
         Row(case, "packed, with norms and quantizers", packed, "bytes"),
         Row(case, "packed | times smaller", weights / packed, "times"),
         Row(case, "whole file", total, "bytes"),

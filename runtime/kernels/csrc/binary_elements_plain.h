@@ -13,13 +13,15 @@
 namespace fx {
 namespace {
 
-// Rows of few channels are repeated up to this many values, so that vectors are full.
-constexpr int64_t REPEATED = 256;
+// Rows of fewer than 64 channels are repeated up to this many values, so that vectors are full.
+constexpr int64_t REPEATED = 128, FEW = 64;
 
 // `rows` rows of `channels` values -> as many of `copies` times the channels, `REPEATED` apart.
 void repeat(const float* from, int64_t rows, int64_t channels, int64_t copies, float* to) {
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < copies * channels; i++) to[row * REPEATED + i] = from[row * channels + i % channels];
+        for (int64_t copy = 0; copy < copies; copy++)
+            for (int64_t i = 0; i < channels; i++)
+                to[row * REPEATED + copy * channels + i] = from[row * channels + i];
 }
 
 FX_INLINE void level_row(const float* x, int64_t count, const float* edges, int64_t step, uint8_t* y) {
@@ -34,7 +36,7 @@ FX_INLINE void level_row(const float* x, int64_t count, const float* edges, int6
 void levels(const float* x, int64_t pixels, int64_t channels, const float* edges, uint8_t* y) {
     float wide[4 * REPEATED];
     int64_t copies = 1, step = channels;
-    if (2 * channels <= REPEATED) {
+    if (channels < FEW) {
         copies = least(REPEATED / channels, most(pixels, 1)), step = REPEATED;
         repeat(edges, 4, channels, copies, wide);
         edges = wide;
@@ -59,7 +61,7 @@ FX_INLINE void affine_row(const float* x, int64_t count, const float* factor, co
 void affine(const float* x, int64_t pixels, int64_t channels, const float* factors, bool relu, float* y) {
     float wide[2 * REPEATED];
     int64_t copies = 1, step = channels;
-    if (2 * channels <= REPEATED) {
+    if (channels < FEW) {
         copies = least(REPEATED / channels, most(pixels, 1)), step = REPEATED;
         repeat(factors, 2, channels, copies, wide);
         factors = wide;
