@@ -192,5 +192,5 @@ def test_the_command_writes_its_rows(peers, worker, monkeypatch, tmp_path, capsy
 
 def test_parts_by_name(tmp_path):
     names = [job.name for job in binary.jobs(tmp_path, 3, 0, None, quick=False)]
-    assert len(names) == len(set(names)) == 5 * 4 + 3 * 5
+    assert len(names) == len(set(names)) == 5 * 4 + 3 * 6
     assert "conv 3x3 512, 7x7, batch 8, 2 threads" in names

@@ -80,6 +80,19 @@ def test_a_network_is_measured(peers, tmp_path, monkeypatch):
     assert [name in capture.get() for name in ("some int8", "times smaller", "0: 8 bits")] == [True] * 3
 
 
+def test_memory_is_that_of_each_file(peers, monkeypatch, tmp_path):
+    """In the place of other engines' files stand float networks: their processes are those of peak_memory's tests."""
+    monkeypatch.setattr(binary_networks, "RECIPES", (FLOAT,))
+    monkeypatch.setattr(binary_networks, "peer_files", lambda files: {})
+    seen = []
+    rows = binary_networks.measure_memory(Network("tiny", tiny, 12), tmp_path, 0, lambda: seen.append(1))
+    assert len(seen) == 2
+    found = {row.metric: row.value for row in rows}
+    for name in ("ends fp32", "fxpress, float network"):
+        assert 50 < found[f"{name} | of it before loading MB"] < found[f"{name} | peak MB"] < 4000
+    assert {row.case for row in rows} == {"tiny, memory"}
+
+
 def test_the_networks_are_those_that_were_asked_for():
     counts = {network.name: sum(p.numel() for p in network.make().parameters()) for network in binary_networks.NETWORKS}
     assert counts == {"vgg-small": 4_660_106, "resnet18": 11_689_512, "resnet56": 853_018}
@@ -92,6 +105,6 @@ def test_the_networks_are_those_that_were_asked_for():
 
 def test_parts_by_name(tmp_path):
     names = [job.name for job in binary.jobs(tmp_path, 3, 0, None, quick=False)]
-    assert len(names) == len(set(names)) == 5 * 4 + 3 * 5
+    assert len(names) == len(set(names)) == 5 * 4 + 3 * 6
     picked = [job.name for job in binary.jobs(tmp_path, 3, 0, None, quick=True) if wanted(job, ["vgg", "FC"])]
     assert picked == ["FC 4096x4096, batch 1, 1 thread", "vgg-small, file", "vgg-small, batch 1, 1 thread"]

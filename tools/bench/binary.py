@@ -27,12 +27,12 @@ from pathlib import Path
 
 from ...ir.errors import FxpressError
 from .binary_layers import OURS, cases, measure_layer
-from .binary_networks import NETWORKS, RECIPES, measure_network, measure_size
-from .common import Row, header, read_rows, screen, show, write_rows
+from .binary_networks import NETWORKS, RECIPES, measure_memory, measure_network, measure_size
+from .common import Row, header, read_rows, screen, write_rows
 from .larq_engine import Larq, running
 from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings, work_folder
-from .timed_rows import INT8, merged, table
+from .timed_rows import INT8, merged, print_tables
 
 MEAN_GOAL = 4.0
 MEAN_CASE = "conv 3x3, geometric mean, batch 1, 1 thread, warm"
@@ -88,15 +88,14 @@ def jobs(folder: Path, rounds: int, seed: int, larq: Larq | None, *, quick: bool
         yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), len(RECIPES))
         for load in loads:
             yield Job(f"{network.name}, {load}", partial(measure_network, network, load, folder, seed, rounds), rounds)
+        if not quick:
+            yield Job(f"{network.name}, memory", partial(measure_memory, network, folder, seed), 6)
 
 
 def show_tables(rows: Sequence[Row]) -> None:
-    """Times, and bytes where there are any."""
-    console = screen()
-    console.print(table(rows, "Binary layers and networks against other engines; ratios: times faster"))
-    rest = [row for row in rows if " | " not in row.metric and row.case != "header"]
-    if rest:
-        show(rest, "Files; peer: the float network's", console)
+    """Times, memory and bytes, each as a table where there are any."""
+    title = "Binary layers and networks against other engines; ratios: times faster"
+    print_tables(rows, title, "Files; peer: the float network's", screen())
 
 
 def mean_row(rows: Iterable[Row]) -> list[Row]:

@@ -26,6 +26,7 @@ from .binary_sizes import vgg
 from .common import Row
 from .engines import Engine, relative_distance, torch_engine
 from .loads import Load
+from .peak_memory import Runner, memory_rows, peer_files
 from .peer_engines import peer_engines, prepare_peers
 from .timed_rows import INT8, TORCH, Goals, rows_of
 from .timing import Advance, take_turns
@@ -173,6 +174,15 @@ def measure_size(network: Network, folder: Path, seed: int, advance: Advance) ->
         ]
         advance()
     return rows
+
+
+def measure_memory(network: Network, folder: Path, seed: int, advance: Advance) -> list[Row]:
+    """Peak memory of fresh processes that load a file and run one image, on one thread."""
+    files, images = Files(network, seed, folder), network.images(1, seed)
+    found: dict[str, tuple[Runner, Path]] = {recipe.name: ("fxpress", files.emitted(recipe, 1)) for recipe in RECIPES}
+    found["fxpress, float network"] = ("fxpress", files.dense())
+    peers = prepare_peers(network.build(seed), images, folder / f"{network.name}, batch 1")
+    return memory_rows(network.name, found | peer_files(peers), network.size, advance)
 
 
 def _ours(files: Files, asked: Load, images: Tensor) -> Iterator[tuple[Engine, float]]:

@@ -17,6 +17,7 @@ from typing import Literal
 from ...ir.errors import FxpressError
 from .common import Row
 from .peer_engines import Files
+from .timed_rows import MEMORY
 from .timing import Advance
 
 Runner = Literal["fxpress", "torch", "onnxruntime", "openvino"]
@@ -66,8 +67,6 @@ network = openvino.Core().compile_model(file, "CPU", settings)
 network(numpy.ones((1, 3, size, size), "float32"))
 """,
 }
-MEASURES = ("peak MB", "of it before loading MB")
-"""Columns of the table."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def memory_rows(network: str, files: dict[str, tuple[Runner, Path]], size: int, 
     rows = []
     for name, (runner, path) in files.items():
         found = peak_memory(runner, path, network, size)
-        for measure, number in zip(MEASURES, (found.peak, found.imported), strict=True):
+        for measure, number in zip(MEMORY, (found.peak, found.imported), strict=True):
             value, peer = (number / 1e6, None) if runner == "fxpress" else (None, number / 1e6)
             rows.append(Row(f"{network}, memory", f"{name} | {measure}", value, "MB (1e6 bytes)", peer))
         advance()

@@ -21,19 +21,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from .common import Row, header, screen, show
+from .common import Row, header, screen
 from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings, work_folder
-from .peak_memory import MEASURES as MEMORY
 from .pq_cases import cases
 from .pq_layers import measure_layer
 from .pq_networks import NETWORKS, STORAGES, measure_memory, measure_network, measure_nodes, measure_size
-from .timed_rows import MEASURES, table
-
-TABLES = {
-    "Times; ratios: times faster": MEASURES,
-    "Peak memory of a process": MEMORY,
-}
+from .timed_rows import print_tables
 
 
 def main() -> None:
@@ -72,15 +66,8 @@ def jobs(folder: Path, rounds: int, seed: int, *, quick: bool) -> Iterator[Job]:
 
 
 def show_tables(rows: Sequence[Row]) -> None:
-    """Times, bytes and memory, each as a table where there are any."""
-    console = screen()
-    for title, measures in TABLES.items():
-        drawn = table(rows, title, measures)
-        if drawn.row_count:
-            console.print(drawn)
-    rest = [row for row in rows if " | " not in row.metric and row.case != "header"]
-    if rest:
-        show(rest, "Files, and what emit chose", console)
+    """Times, memory and bytes, each as a table where there are any."""
+    print_tables(rows, "Times; ratios: times faster", "Files, and what emit chose", screen())
 
 
 if __name__ == "__main__":

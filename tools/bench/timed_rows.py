@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from .common import Row, pretty, verdict
+from .common import Row, pretty, show, verdict
 from .engines import Engine
 from .timing import Clock, Times
 
@@ -19,6 +20,7 @@ INT8, TORCH = "better int8", "torch fp32"
 Goals = dict[str, dict[str, float]]
 """Engine → what it is compared with (`better int8` or `torch fp32`) → how many times faster is wanted."""
 
+MEMORY = ("peak MB", "of it before loading MB")
 MEASURES = ("CPU ms", "wall ms", f"times {TORCH}", f"times {INT8}", "distance")
 
 
@@ -77,6 +79,24 @@ def table(rows: Iterable[Row], title: str, measures: Sequence[str] = MEASURES) -
         drawn.add_row("" if case == last else case, engine, *cells, goals, met)
         last = case
     return drawn
+
+
+def print_tables(rows: Sequence[Row], times: str, rest: str, console: Console) -> None:
+    """Times, peak memory, and rows that stand for themselves, each as a table where there are any.
+
+    Args:
+        rows: of all parts that ran.
+        times: title of the first table.
+        rest: title of the last one.
+        console: takes them.
+    """
+    for title, measures in ((times, MEASURES), ("Peak memory of a process", MEMORY)):
+        drawn = table(rows, title, measures)
+        if drawn.row_count:
+            console.print(drawn)
+    others = [row for row in rows if " | " not in row.metric and row.case != "header"]
+    if others:
+        show(others, rest, console)
 
 
 def merged(old: Iterable[Row], new: Sequence[Row]) -> list[Row]:
