@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import layout as layouts
@@ -36,13 +37,13 @@ def _linear_layout(codewords: int, tables: str, isa: str) -> int:
 
 def prepare_conv2d(indices: Tensor, codewords: int, tables: str = "fp32", groups: int = 1) -> Tensor:
     """Index layout for `torch.ops.fxpress.pq_conv2d`; as `prepare_linear`, with indices (taps, M, out)."""
-    return layouts.pack(_conv_layout(codewords, tables, isa()), indices, codewords, groups)
+    return layouts.pack(_conv_layout(codewords, tables, isa(), indices.shape[1:2]), indices, codewords, groups)
 
 
-def _conv_layout(codewords: int, tables: str, isa: str) -> int:
+def _conv_layout(codewords: int, tables: str, isa: str, subspaces: torch.Size) -> int:
     if tables == "fp32" or isa == "none":
         return layouts.PLAIN
-    if isa == "avx512":
+    if isa == "avx512" and subspaces != (1,):  # a single sub-space has no neighbours
         return layouts.CONV4 if codewords <= 32 else layouts.CONV2 if codewords == 64 else layouts.CONV1
     return layouts.CONV1
 

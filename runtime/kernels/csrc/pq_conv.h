@@ -30,10 +30,10 @@ struct ConvShape {
 // How tables and indices lie in memory. A term is `gang` neighbouring sub-spaces whose tables one instruction reads.
 struct ConvTables {
     int64_t gang;         // sub-spaces per term: 1, 2 or 4
-    int64_t entries;      // code words, at least 16: bytes of one table
+    int64_t entries;      // code words, at least 16 (some kernels want 64): bytes of one table
     int64_t terms;        // ceil(subspaces / gang)
     int64_t term_bytes;   // gang * entries
-    int64_t pairs;        // ceil(subwidth / 2): 32-bit words of two 16-bit samples
+    int64_t pairs;        // 32-bit words of two 16-bit samples, as many as a sub-space has channels for
     int64_t columns;      // table columns of a row: those that some tap reads, and padding
     int64_t blocks;       // ceil(group_outputs / BLOCK)
     int64_t lane_chunk;   // entries that build() makes at once: 4 vectors of 32-bit lanes
@@ -90,7 +90,7 @@ struct ExactJob {
 // The inner loops of one instruction set.
 struct ConvKernels {
     int64_t lanes;                            // 32-bit lanes of a vector
-    void (*choose)(ConvTables* tables);       // sets gang, given entries
+    void (*choose)(ConvTables* tables, int64_t subspaces);  // sets gang, given entries, which it may raise
     uint32_t (*largest)(const float* x, int64_t count);  // the largest bit pattern of |x|
     // even and odd (may be nullptr: zeros) channels -> words of two 16-bit samples
     void (*samples)(const float* even, const float* odd, int64_t count, float scale, int32_t* words);

@@ -22,7 +22,11 @@ FX_INLINE __m512i hold(const void* p) {
 }
 FX_INLINE __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
 
-static void choose(ConvTables* t) { t->gang = t->entries <= 32 ? 4 : t->entries == 64 ? 2 : 1; }
+// A single sub-space has no neighbours: a table is one register then, however few its code words.
+static void choose(ConvTables* t, int64_t subspaces) {
+    t->gang = subspaces == 1 || t->entries > 64 ? 1 : t->entries == 64 ? 2 : 4;
+    if (subspaces == 1) t->entries = most(t->entries, 64);
+}
 
 static uint32_t largest(const float* x, int64_t count) {
     const __m512i sign = _mm512_set1_epi32(0x7fffffff);
@@ -246,24 +250,25 @@ static void sum_gang2(const SumJob* job, int64_t block, int64_t x) {
     for (int p = 0; p < P; p++) store(at + p * 128, acc[p][0]), store(at + p * 128 + 64, acc[p][1]);
 }
 
-// The tables of one pixel for K = 128 or 256, in registers.
+// The tables of one pixel for K = 128 or 256, in registers, or for one sub-space of K <= 64, as an operand in memory.
 template <int WIDTH>
 struct Entries {
     __m512i part[WIDTH / 64];
     FX_INLINE explicit Entries(const uint8_t* table) {
-        for (int i = 0; i < WIDTH / 64; i++) part[i] = hold(table + i * 64);
+        for (int i = 0; i < WIDTH / 64; i++) part[i] = WIDTH == 64 ? load(table) : hold(table + i * 64);
     }
     FX_INLINE __m512i at(__m512i codes, __mmask64 upper) const {
-        __m512i e = _mm512_permutex2var_epi8(part[0], codes, part[1]);
+        if constexpr (WIDTH == 64) return _mm512_permutexvar_epi8(codes, part[0]);
+        __m512i e = _mm512_permutex2var_epi8(part[0], codes, part[WIDTH / 64 - 1 ? 1 : 0]);
         if (WIDTH == 256) {
-            __m512i f = _mm512_permutex2var_epi8(part[WIDTH / 64 - 2], codes, part[WIDTH / 64 - 1]);
+            __m512i f = _mm512_permutex2var_epi8(part[WIDTH == 256 ? 2 : 0], codes, part[WIDTH == 256 ? 3 : 0]);
             e = _mm512_mask_blend_epi8(upper, e, f);
         }
         return e;
     }
 };
 
-// K = 128 and 256: P pixels, Q blocks of 64 channels. Sums of 16 bits: even bytes + 256 odd bytes, and odd bytes alone.
+// K = 128 and 256, and one sub-space: P pixels, Q blocks of 64 channels. Sums of 16 bits: even bytes + 256 odd bytes, and odd bytes alone.
 template <int WIDTH, int P, int Q>
 static void sum_gang1(const SumJob* job, int64_t block, int64_t x) {
     const int64_t step = job->table_step;
@@ -346,6 +351,10 @@ static void accumulate(const ConvTables* t, const SumJob* job) {
                                  sum_gang1<128, 4, 2>, sum_gang1<128, 5, 2>};
     static const Sum one256[] = {sum_gang1<256, 1, 1>, sum_gang1<256, 2, 1>, sum_gang1<256, 3, 1>,
                                  sum_gang1<256, 4, 1>};
+    static const Sum one64[] = {sum_gang1<64, 1, 1>, sum_gang1<64, 2, 1>, sum_gang1<64, 3, 1>, sum_gang1<64, 4, 1>,
+                                sum_gang1<64, 5, 1>, sum_gang1<64, 6, 1>, sum_gang1<64, 7, 1>, sum_gang1<64, 8, 1>,
+                                sum_gang1<64, 9, 1>, sum_gang1<64, 10, 1>, sum_gang1<64, 11, 1>, sum_gang1<64, 12, 1>};
+    if (t->gang == 1 && t->entries == 64) return sum_all(t, job, one64, 12, nullptr, 0);
     switch (t->entries) {
         case 16: return sum_all(t, job, gang4, 5, nullptr, 0);
         case 32: return sum_all(t, job, gang4_two, 5, nullptr, 0);
@@ -411,7 +420,21 @@ static void transpose16(const float* x, int64_t x_stride, int64_t rows, int64_t 
     for (int i = 0; i < 16 && i < columns; i++) _mm512_mask_storeu_ps(y + i * y_stride, out, a[i]);
 }
 
+// Sixteen pixels of three channels -> three planes.
+FX_INLINE void planes3(const float* x, float* y, int64_t y_stride) {
+    const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16), c = _mm512_loadu_ps(x + 32);
+    const __m512i number = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 39, 42, 45);
+    FX_UNROLL
+    for (int plane = 0; plane < 3; plane++) {
+        const __m512i from = _mm512_add_epi32(number, _mm512_set1_epi32(plane));
+        const __mmask16 third = _mm512_cmpge_epi32_mask(from, _mm512_set1_epi32(32));
+        const __m512 two = _mm512_permutex2var_ps(a, from, b);
+        _mm512_storeu_ps(y + plane * y_stride, _mm512_mask_permutexvar_ps(two, third, from, c));
+    }
+}
+
 static void transpose(const float* x, int64_t x_stride, int64_t rows, int64_t columns, float* y, int64_t y_stride) {
+    for (; x_stride == 3 && columns == 3 && rows >= 16; rows -= 16, x += 48, y += 16) planes3(x, y, y_stride);
     for (int64_t i = 0; i < rows; i += 16)
         for (int64_t j = 0; j < columns; j += 16)
             transpose16(x + i * x_stride + j, x_stride, rows - i, columns - j, y + j * y_stride + i, y_stride);

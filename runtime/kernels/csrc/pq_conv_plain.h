@@ -11,7 +11,7 @@ namespace fx {
 namespace plain {
 namespace {
 
-[[maybe_unused]] static void choose(ConvTables* t) { t->gang = 1; }
+[[maybe_unused]] static void choose(ConvTables* t, int64_t) { t->gang = 1; }
 
 [[maybe_unused]] static uint32_t largest(const float* x, int64_t count) {
     uint32_t most = 0;

@@ -10,9 +10,10 @@ void lay_out(Call& call) {
     const ConvShape& s = call.shape;
     ConvTables& t = call.tables;
     t.entries = most(16, s.codewords);
-    call.kernels->choose(&t);
+    call.kernels->choose(&t, s.subspaces);
     t.terms = ceil_div(s.subspaces, t.gang), t.term_bytes = t.gang * t.entries;
-    t.pairs = ceil_div(s.subwidth, 2), t.columns = (s.out_width - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] + 1;
+    t.pairs = ceil_div(least(s.subwidth, s.group_channels), 2);
+    t.columns = (s.out_width - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] + 1;
     t.blocks = ceil_div(s.group_outputs, BLOCK), t.acc_bytes = t.gang == 4 ? BLOCK * 4 : BLOCK * 2;
     int64_t log = 0;
     while ((int64_t(1) << log) < s.subwidth) log++;

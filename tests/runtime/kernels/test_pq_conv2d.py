@@ -218,6 +218,17 @@ def test_shapes_that_reach_a_limit(case: Case, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codewords", [2, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 2, 3, 7])
+def test_fewer_channels_than_a_sub_space_is_wide(channels: int, codewords: int, isa: str) -> None:
+    """The first layer of a network: one sub-space, most of it empty; sizes at which three planes part in vectors."""
+    case = Case(channels=channels, outputs=70, size=(13, 41), kernel=(5, 5), codewords=codewords, subspace=8)
+    for tables in ("int8", "int16", "fp32"):
+        for last in (False, True):
+            check(case.but(tables=tables, last=last, stride=(2, 2) if last else (1, 1)), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tables", ["fp32", "int16", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, 1e-42])
 @pytest.mark.parametrize("codewords", [16, 64, 128])
