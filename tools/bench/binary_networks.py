@@ -186,9 +186,13 @@ def measure_memory(network: Network, folder: Path, seed: int, advance: Advance) 
 
 
 def _ours(files: Files, asked: Load, images: Tensor) -> Iterator[tuple[Engine, float]]:
-    """Emitted networks, as loaded from their files, and how far each is from the binarized one before `emit`."""
+    """Emitted networks, as loaded from their files, and how far each is from the binarized one before `emit`.
+
+    That one computes in double precision: in single precision rounding decides about sums on a threshold, in both.
+    """
     for recipe in RECIPES:
-        before = torch_engine("", "fxpress", load(files.binarized(recipe)).module, images).output()
+        exact = load(files.binarized(recipe)).module.double()
+        before = torch_engine("", "fxpress", exact, images.double()).output()
         engine = torch_engine(recipe.name, "fxpress", load(files.emitted(recipe, asked.batch)).module, images)
         yield engine, relative_distance(before, engine.output())
 
