@@ -239,9 +239,7 @@ def test_responses_of_latent_weights_in_closed_form() -> None:
 
 def test_the_pipeline_that_comes_with_the_package(repository: Path) -> None:
     pipeline = fxpress.Pipeline.load(repository / "passes/pipelines/half-wave.yaml")
-    assert [one.name for one in pipeline.passes] == [
-        "binarize", "distill", "binarize", "distill", "alternate-update", "emit"
-    ]  # fmt: skip
+    assert [one.name for one in pipeline.passes] == ["binarize", "alternate-update", "distill", "emit"]
 
 
 def test_a_network_of_binary_layers_alone_is_left_with_them() -> None:
