@@ -221,7 +221,7 @@ class TestRun:
         assert bench.facts(plan.rows[0], 0) is not None
         measure_latency(bench)
         times = read_latency(bench)[plan.rows[0].name]
-        assert set(times) == {"latency_1"}
+        assert set(times) == {"latency_1", "emitted_size", "emitted_bytes"}
         assert all(value > 0 for value in times.values())
 
     def test_a_row_goes_on_from_another(self, folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Time of the finished rows' networks against the base's: a step of its own, for a moment when the machine is quiet."""
+"""Time and file of the finished rows' networks, emitted, against the base's: a step of its own, for a quiet moment."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...passes.compile import compile as compile_network
 from ...passes.compile import load
+from ...passes.measuring import saved_bytes
 from ...runtime.atomic import write_atomically
 from ...runtime.measure import latency_ratio
 from .accuracy_protocol import BASE
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from .accuracy_run import Bench
 
 Times = dict[str, dict[str, float]]
-"""Name of a row → `latency_1`: share of the base's time, batch 1."""
+"""Name of a row → `latency_1`: share of the base's time, batch 1; `emitted_size`: bytes of its file, `emitted_bytes`:
+the same as a share of the base's."""
 
 
 def measure_latency(bench: Bench) -> None:
-    """Time the network of each finished row, first seed, in turns with the base, both emitted, on one thread."""
+    """Time and weigh the emitted network of each finished row, first seed, in turns with the base's, on one thread."""
     times: Times = {}
     base = compile_network(bench.network(BASE, 0), ["emit"], bench.image, verify=False).graph
     for case in bench.protocol.rows:
@@ -27,7 +29,12 @@ def measure_latency(bench: Bench) -> None:
         if bench.facts(case, seed) is None:
             continue
         graph = compile_network(load(bench.result(case, seed)), ["emit"], bench.image, verify=False).graph
-        times[case.name] = {"latency_1": latency_ratio(graph, base, bench.image).ratio}
+        size, whole = saved_bytes(graph), saved_bytes(base)
+        times[case.name] = {
+            "latency_1": latency_ratio(graph, base, bench.image).ratio,
+            "emitted_size": size,
+            "emitted_bytes": size / whole,
+        }
         bench.console.print(f"{case.name}: {times[case.name]}")
     write_atomically(bench.folder / "latency.json", [json.dumps(times, indent=1).encode()])
 

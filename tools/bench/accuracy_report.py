@@ -28,6 +28,8 @@ METRICS: dict[str, tuple[str, float]] = {
     "parameters": ("of the base", 1.0),
     "bytes": ("of the base", 1.0),
     "latency_1": ("of the base, batch 1, 1 thread, both emitted", 1.0),
+    "emitted_bytes": ("of the base, both emitted", 1.0),
+    "emitted_size": ("bytes, emitted", 1.0),
     "ratio_error": ("nats", 1.0),
     "ratio_rank": ("Spearman", 1.0),
     "size_bytes": ("bytes", 1.0),
@@ -146,8 +148,12 @@ def _against_base(facts: list[Facts], base: float) -> str:
     return "" if value != value else f"{value:+.2f}"
 
 
-def _times_smaller(facts: list[Facts], _: float) -> str:
-    return f"{1 / mean(facts, 'bytes'):.1f}"
+def _times_smaller(metric: str) -> Callable[[list[Facts], float], str]:
+    def cell(facts: list[Facts], _: float) -> str:
+        value = mean(facts, metric)
+        return "" if value != value else f"{1 / value:.1f}"
+
+    return cell
 
 
 def _whole(metric: str, unit: float) -> Callable[[list[Facts], float], str]:
@@ -170,7 +176,9 @@ COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
     "ratio rank": _share("ratio_rank"),
     "seeds": lambda facts, _: str(len(facts)),
     "file, kB": _whole("size_bytes", 1000),
-    "times smaller": _times_smaller,
+    "times smaller": _times_smaller("bytes"),
+    "emitted, kB": _whole("emitted_size", 1000),
+    "emitted, times smaller": _times_smaller("emitted_bytes"),
     "CPU seconds": _whole("cpu_seconds", 1),
 }
 USUAL = tuple(COLUMNS)[: list(COLUMNS).index("seeds") + 1]
