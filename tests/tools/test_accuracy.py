@@ -261,6 +261,7 @@ class TestRun:
             network = fxpress.load(bench.result(case, seed)).module
             assert facts["accuracy"] == evaluate(network, bench.test(seed)).accuracy
             assert facts["accuracy_before_training"] is None  # that was measured on other images
+        assert "Of those for training, 20 are kept for validation." in page(plan, records, header(0), [])
 
     def test_quick_is_the_same_table_on_few_images(self):
         small = accuracy.shrunk(protocol())

@@ -112,6 +112,8 @@ def correlation_page(protocol: Protocol, found: list[Facts], head: Row) -> str:
 def _framed(protocol: Protocol, head: Row, parts: list[str]) -> str:
     images = protocol.images
     what = f"Images: {LABELS[images.data]}, {images.train or 'all'} for training, {images.test or 'all'} for testing."
+    if images.validation:
+        what += f" Of those for training, {images.validation:,} are kept for validation."
     facts = "\n".join(f"- {key}: {_words(value)}" for key, value in head.value.items())
     parts = [f"# {protocol.heading}", what, protocol.note.strip(), *parts, "## Measured with", facts]
     return "\n\n".join(part for part in parts if part) + "\n"
