@@ -11,6 +11,7 @@ from fxpress.ir.errors import DataError
 from fxpress.tools.bench import pq_agreement, pq_photos
 from fxpress.tools.bench.pq_agreement import Bench, Plan
 from fxpress.tools.bench.pq_agreement_rows import agreement
+from fxpress.tools.bench.pq_efficientnet import Early, Late
 from fxpress.tools.bench.pq_photos import Crops, Photos, read_photos, read_some
 from fxpress.tools.bench.pq_settings import options
 from rich.console import Console
@@ -43,12 +44,17 @@ class TestPhotos:
         assert {tuple(photo.shape) for part in read_photos(tmp_path) for photo in part} == {(3, 448, 896)}
 
     def test_further_images(self, folder):
-        assert len(read_some(folder, 8)) == 8
-        with pytest.raises(DataError, match=r"there are 8 images below .* 9 are needed"):
-            read_some(folder, 9)
-        photos = Photos(*read_photos(folder), read_some(folder / "below", 1) * 4)
-        assert [tuple(image.shape[1:]) for image in photos.mixed()] == [(200, 240), (16, 16)] * 4
-        assert str(photos).startswith("3 photographs and 4 other images for calibration")
+        assert [len(read_some(folder, most)) for most in (3, 8, 9)] == [3, 8, 8]
+        photos = Photos(*read_photos(folder), [read_some(folder / "below", 1), read_some(folder, 4)])
+        sizes = [tuple(image.shape[1:]) for image in photos.mixed()]
+        assert sizes[:3] == [(200, 240), (16, 16), (200, 240)]
+        assert len(sizes) == 3 * 4
+        assert str(photos).startswith("3 photographs and in turns 1, 4 other images for calibration")
+        assert len(Photos(*read_photos(folder), []).mixed()) == 3
+
+    def test_a_folder_without_images(self, tmp_path):
+        with pytest.raises(DataError, match="there are no images below"):
+            read_some(tmp_path, 1)
 
     def test_too_few(self, tmp_path):
         with pytest.raises(DataError, match=r"holds 0 photographs .*at least 3"):
@@ -106,11 +112,12 @@ class TestAgreement:
         ).eval()  # fmt: skip
         few = {"codebook": "int8", "subspace": 4, "codewords": 4, "last": {"subspace": 4, "codewords": 4}}
         monkeypatch.setattr(pq_agreement, "options", lambda ratio: few)
-        plan = Plan(calibration=16, tuning=16, judged=8, more=0, epochs=1, ratios=(16,))
+        plan = Plan(calibration=16, tuning=16, judged=8, more=0, ratios=(16,))
         photos = Photos(*read_photos(folder), [])
-        rows = list(Bench(network, photos, plan, 0, Console(quiet=True)).rows())
+        halves = lambda whole: (whole[:3], whole[3:])  # noqa: E731
+        rows = list(Bench(network, photos, plan, 0, Console(quiet=True), halves).rows())
         json.dumps([row.value for row in rows])
-        cases = [row.case for row in rows if row.metric == "KL"]
+        cases = [row.case for row in rows if row.metric == "KL" and row.case.startswith("16x")]
         assert cases == [f"16x, {kind}" for kind in (*pq_agreement.KINDS, pq_agreement.TUNED)]
         values = {(row.case, row.metric): row.value for row in rows}
         assert all(math.isfinite(value) for (_, metric), value in values.items() if metric == "KL")
@@ -118,4 +125,11 @@ class TestAgreement:
         smaller = [values[case, "quantised weights"] for case in cases[:3]]
         assert min(smaller) == max(smaller) > 3
         assert values["16x, k-means", "KL"] > values["16x, error correction", "KL"]
-        assert len([row for row in rows if row.case == "goal, 16x"]) == 2
+        assert len([row for row in rows if row.case == "goal, 16x"]) == 3
+        assert values["original, its second half in bfloat16", "KL"] < values["16x, k-means", "KL"]
+
+    def test_halves_are_the_whole(self):
+        network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
+        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.allclose(Late(network)(Early(network)(images)), network(images), atol=1e-5)

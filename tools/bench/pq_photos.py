@@ -59,19 +59,19 @@ class Crops:
 
 
 class Photos(NamedTuple):
-    """Photographs for calibration and fine-tuning, for judging, and further images for the former."""
+    """Photographs for calibration and fine-tuning, for judging, and folders of further images for the former."""
 
     known: list[Tensor]
     unseen: list[Tensor]
-    more: list[Tensor]
+    more: list[list[Tensor]]
 
     def mixed(self) -> list[Tensor]:
-        """Photographs and further images in turns."""
-        turns = [(self.known[index % len(self.known)], other) for index, other in enumerate(self.more)]
-        return [image for turn in turns for image in turn] or self.known
+        """Photographs and each folder's images in turns, until all have been there."""
+        parts = [self.known, *self.more]
+        return [part[turn % len(part)] for turn in range(max(map(len, parts))) for part in parts]
 
     def __str__(self) -> str:
-        more = f" and {len(self.more)} other images" if self.more else ""
+        more = f" and in turns {', '.join(str(len(part)) for part in self.more)} other images" if self.more else ""
         return f"{len(self.known)} photographs{more} for calibration and fine-tuning, {len(self.unseen)} for judging"
 
 
@@ -94,15 +94,16 @@ def read_photos(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     return photos[::CALIBRATION_EACH], others
 
 
-def read_some(folder: Path, count: int) -> list[Tensor]:
-    """Images from anywhere below a folder, `count` of them, evenly spaced in the order of their paths.
+def read_some(folder: Path, most: int) -> list[Tensor]:
+    """Images from anywhere below a folder: all, or so many, evenly spaced in the order of their paths.
 
     Raises:
-        DataError: there are fewer.
+        DataError: there are none.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(files) < count:
-        raise DataError(f"there are {len(files)} images below {folder} ({', '.join(SUFFIXES)}), {count} are needed")
+    if not files:
+        raise DataError(f"there are no images below {folder} ({', '.join(SUFFIXES)})")
+    count = min(most, len(files))
     return [_read(files[index * len(files) // count]) for index in range(count)]
 
 
