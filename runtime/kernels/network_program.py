@@ -10,7 +10,7 @@ A program is lines of text, so that it can be read in a stored file and passed t
 
 Inputs and steps make one value each, numbered from 0 in the order of the lines. Values are float32 or levels, of shape
 (N, C, H, W), or (N, C) where a line says so; what has two dimensions counts as (N, C, 1, 1). `parts` says which tensors
-belong to a step; `csrc/binary_network.cpp` has the same table of steps.
+belong to a step; `csrc/binary_network.h` has the same table of steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "input": {"channels": None},
     "output": {"x": None, "dims": 4},
 }
-"""Steps in the order of their numbers in csrc/binary_network.cpp: field → default (None: must be given).
+"""Steps in the order of their numbers in csrc/binary_network.h: field → default (None: must be given).
 
 Layers with `linear` read (N, C) and get the layout of linear layers, nothing else.
 """
