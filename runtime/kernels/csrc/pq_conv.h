@@ -96,8 +96,10 @@ struct ConvKernels {
     void (*samples)(const float* even, const float* odd, int64_t count, float scale, int32_t* words);
     // sum of squares of `pairs` planes, `stride` words apart, times `scale` -> bounds; returns the largest
     float (*bounds)(const int32_t* words, int64_t stride, int64_t pairs, int64_t count, float scale, float* bounds);
-    // largest |a| of one term's tables at one pixel; plane pointers as in BuildJob, column of that pixel
-    int32_t (*peak)(const ConvTables* tables, const int32_t* codebook, const int32_t* const* planes, int64_t column);
+    // the largest of `found` and of |a| in the tables of one sub-space, at the pixels whose bound is above peak_limit();
+    // codebook and planes as in BuildJob, of the sub-space's term, in which it is number `sub`
+    int32_t (*peak)(const ConvTables* tables, const int32_t* codebook, const int32_t* const* planes, int64_t sub,
+                    const float* bounds, int64_t pixels, int32_t found);
     void (*build)(const ConvTables* tables, const BuildJob* job);
     void (*accumulate)(const ConvTables* tables, const SumJob* job);
     // accumulators of one block -> sums (or += where `add`), int32 [pixel][BLOCK], channels in order
@@ -114,6 +116,9 @@ struct ConvKernels {
 };
 
 extern const ConvKernels conv_portable, conv_avx2, conv_avx512;
+
+// A table whose bound (the square of what it can reach, rounded) is not above this has no |a| above `found`.
+static inline float peak_limit(int32_t found) { return 0.999f * float(found) * float(found); }
 
 // Lane of a codebook vector -> code word within a chunk, such that packing 4 vectors to bytes gives code words in order.
 static inline int64_t chunk_entry(int64_t vector, int64_t lane) { return lane / 4 * 16 + vector * 4 + lane % 4; }

@@ -85,18 +85,38 @@ FX_INLINE void products(const int32_t* codebook, const int32_t* const* planes, i
     }
 }
 
-static int32_t peak(const ConvTables* t, const int32_t* codebook, const int32_t* const* planes, int64_t column) {
-    __m512i most = _mm512_setzero_si512(), a[4];
-    const int64_t chunks = t->term_bytes / 64, per_sub = t->entries / 64;
-    for (int64_t c = 0; c < chunks; c++) {
-        const int32_t* codes = codebook + c * t->pairs * 64;
-        if (t->gang == 4)
-            products<4, 0>(codes, planes, t->pairs, column, a);
-        else
-            products<1, 0>(codes, planes + c / per_sub * t->pairs, t->pairs, column, a);
-        for (int v = 0; v < 4; v++) most = _mm512_max_epi32(most, _mm512_abs_epi32(a[v]));
+// Pixels are compared sixteen at a time; what the tables of those above the limit hold is reduced once for all of them.
+template <int GANG, int PAIRS>
+static int32_t peak_chunks(int64_t chunks, const int32_t* codebook, const int32_t* const* planes, int64_t pairs,
+                           const float* bounds, int64_t pixels, int32_t found) {
+    for (int64_t i = 0; i < pixels; i += 16) {
+        const __m512 limit = _mm512_set1_ps(peak_limit(found));
+        const __m512 here = _mm512_maskz_loadu_ps(first(pixels - i), bounds + i);
+        uint32_t above = _mm512_cmp_ps_mask(here, limit, _CMP_GT_OQ);
+        if (!above) continue;
+        __m512i most = _mm512_setzero_si512(), a[4];
+        for (; above; above &= above - 1)
+            for (int64_t c = 0; c < chunks; c++) {
+                products<GANG, PAIRS>(codebook + c * pairs * 64, planes, pairs, i + __builtin_ctz(above), a);
+                for (int v = 0; v < 4; v++) most = _mm512_max_epi32(most, _mm512_abs_epi32(a[v]));
+            }
+        found = int32_t(fx::most(found, _mm512_reduce_max_epi32(most)));
     }
-    return _mm512_reduce_max_epi32(most);
+    return found;
+}
+
+static int32_t peak(const ConvTables* t, const int32_t* codebook, const int32_t* const* planes, int64_t sub,
+                    const float* bounds, int64_t pixels, int32_t found) {
+    const int64_t pairs = t->pairs;
+    if (t->gang == 4)
+        return peak_chunks<4, 0>(t->term_bytes / 64, codebook, planes, pairs, bounds, pixels, found);
+    const int64_t chunks = t->entries / 64;
+    codebook += sub * chunks * pairs * 64, planes += sub * pairs;
+    switch (pairs) {
+        case 2: return peak_chunks<1, 2>(chunks, codebook, planes, pairs, bounds, pixels, found);
+        case 4: return peak_chunks<1, 4>(chunks, codebook, planes, pairs, bounds, pixels, found);
+        default: return peak_chunks<1, 0>(chunks, codebook, planes, pairs, bounds, pixels, found);
+    }
 }
 
 // 64 entries of 7 bits

@@ -68,7 +68,8 @@ struct Image {
     int64_t number;
     const float* planar = nullptr;  // [channel][pixel]
     int32_t* words = nullptr;       // [group][sub-space][pair][words()]
-    float* bounds = nullptr;        // [words()]
+    float* bounds = nullptr;        // [words()] of one sub-space
+    float* reach = nullptr;         // [sub-space] the largest of its bounds
     const int32_t** planes = nullptr;
     bool exact = false;
     float scale = 0, unit = 0, factor = 0;
@@ -86,6 +87,7 @@ struct Image {
 private:
     void make_samples(int64_t group, int64_t m);
     int32_t peak();
+    float bound(int64_t group, int64_t m);
     int32_t peak_of(int64_t group, int64_t m, int32_t found);
     void choose_scale(int32_t most);
 };

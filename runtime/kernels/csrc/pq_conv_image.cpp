@@ -10,7 +10,7 @@ void Image::reserve(Arena& arena) {
     const ConvShape& s = call.shape;
     planar = arena.take<float>(call.last ? s.channels * call.pixels() : 0);
     words = arena.take<int32_t>(call.quantized ? s.groups * sub_pairs() * call.words() : 0);
-    bounds = arena.take<float>(call.words());
+    bounds = arena.take<float>(call.words()), reach = arena.take<float>(s.subspaces);
     planes = arena.take<const int32_t*>(call.slots() * call.tables.pairs);
 }
 
@@ -58,32 +58,38 @@ void Image::make_samples(int64_t group, int64_t m) {
     }
 }
 
-// The largest |a| of all tables of the image. `bounds` are squares of what a table can reach.
+// The largest |a| of all tables of the image. The sub-space that can reach farthest is looked at first: what it reaches
+// rules out most pixels of the others.
 int32_t Image::peak() {
     const ConvShape& s = call.shape;
     int32_t found = 0;
     for (int64_t g = 0; g < s.groups; g++) {
         plane_list(g, 0, planes);
-        for (int64_t m = 0; m < s.subspaces; m++) found = peak_of(g, m, found);
+        int64_t first = 0;
+        for (int64_t m = 0; m < s.subspaces; m++) {
+            reach[m] = bound(g, m);
+            if (reach[m] > reach[first]) first = m;
+        }
+        found = peak_of(g, first, found);
+        for (int64_t m = 0; m < s.subspaces; m++)
+            if (m != first && reach[m] > peak_limit(found)) found = peak_of(g, m, found);
     }
     return found;
 }
 
-int32_t Image::peak_of(int64_t group, int64_t m, int32_t found) {
+// Squares of what the tables of a sub-space can reach, by Cauchy and Schwarz; returns the largest.
+float Image::bound(int64_t group, int64_t m) {
     const ConvTables& t = call.tables;
     const int32_t* from = words + (group * call.shape.subspaces + m) * t.pairs * call.words();
-    const float most = call.kernels->bounds(from, call.words(), t.pairs, call.pixels(), call.longest[m], bounds);
+    return call.kernels->bounds(from, call.words(), t.pairs, call.pixels(), call.longest[m], bounds);
+}
+
+int32_t Image::peak_of(int64_t group, int64_t m, int32_t found) {
+    const ConvTables& t = call.tables;
     const int64_t term = m / t.gang;
-    const int32_t* codes = call.codes + term * t.term_bytes * t.pairs;
-    float limit = 0.999f * float(found) * float(found);
-    if (most <= limit) return found;
-    for (int64_t i = 0; i < call.pixels(); i++) {
-        if (bounds[i] <= limit) continue;
-        const int32_t here = call.kernels->peak(&t, codes, planes + term * t.gang * t.pairs, i);
-        found = here > found ? here : found;
-        limit = 0.999f * float(found) * float(found);
-    }
-    return found;
+    if (call.shape.subspaces > 1) bound(group, m);  // one sub-space: they are there
+    return call.kernels->peak(&t, call.codes + term * t.term_bytes * t.pairs, planes + term * t.gang * t.pairs,
+                              m % t.gang, bounds, call.pixels(), found);
 }
 
 void Image::choose_scale(int32_t most) {

@@ -54,13 +54,17 @@ namespace {
         for (int i = 0; i < 16; i++) a[i] += dot(codebook[p * 16 + i], planes[p][column]);
 }
 
-[[maybe_unused]] static int32_t peak(const ConvTables* t, const int32_t* codebook, const int32_t* const* planes, int64_t column) {
-    int32_t most = 0, a[16];
-    for (int64_t c = 0; c < t->entries / 16; c++) {
-        products(codebook + c * t->pairs * 16, planes, t->pairs, column, a);
-        for (int32_t v : a) most = (v < 0 ? -v : v) > most ? (v < 0 ? -v : v) : most;
+[[maybe_unused]] static int32_t peak(const ConvTables* t, const int32_t* codebook, const int32_t* const* planes, int64_t,
+                                     const float* bounds, int64_t pixels, int32_t found) {
+    int32_t a[16];
+    for (int64_t i = 0; i < pixels; i++) {
+        if (bounds[i] <= peak_limit(found)) continue;
+        for (int64_t c = 0; c < t->entries / 16; c++) {
+            products(codebook + c * t->pairs * 16, planes, t->pairs, i, a);
+            for (int32_t v : a) found = (v < 0 ? -v : v) > found ? (v < 0 ? -v : v) : found;
+        }
     }
-    return most;
+    return found;
 }
 
 [[maybe_unused]] static void build(const ConvTables* t, const BuildJob* job) {
