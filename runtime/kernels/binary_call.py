@@ -1,20 +1,20 @@
-"""One call of a binary layer: its arguments, what is checked of them, and how they reach the library."""
+"""One call of a binary layer: its arguments, what is checked of them, and what the library reads."""
 
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ir.errors import KernelError
-from . import library
+from .bound import Output, is_channels_last, pointer
 
 Pair = Sequence[int]
+_LAYER = struct.Struct("6P16q6i")
 
 
 class Geometry(NamedTuple):
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
     def reads_last(self) -> bool:
         """Whether x is taken channels-last: levels always are."""
-        return self.linear or self.has_levels or _is_channels_last(self.x)
+        return self.linear or self.has_levels or is_channels_last(self.x)
 
     def writes_last(self) -> bool:
         """Whether y lies channels-last: levels always do, float32 as x does."""
@@ -139,97 +139,39 @@ def _demand(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[i
         raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}")
 
 
-def empty_output(call: Call) -> Tensor:
-    """y, not yet written; on the device of x, be it a fake one."""
-    last = not call.linear and call.writes_last()
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(call.out_shape(), dtype=call.dtype, device=call.x.device, memory_format=form)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What calls whose arguments look alike have in common: checked once, since Python would take as long as a layer.
-
-    Args:
-        shape: of y.
-        form: memory format of y.
-        in_form: memory format that x must have.
-        sizes: of `FxpressBinaryLayer` (csrc/binary.cpp) all behind the pointers.
-    """
-
-    shape: tuple[int, ...]
-    form: torch.memory_format
-    in_form: torch.memory_format
-    sizes: bytes
-
-
-_POINTERS = struct.Struct("8P")
-_SIZES = struct.Struct("=q4q3q8q8i")
-_plans: dict[Any, _Plan] = {}
-_MOST_PLANS = 4096
-
-
-def run(call: Call) -> Tensor:
-    """y, by the library.
+def output(call: Call) -> Output:
+    """What y will be; checks everything.
 
     Raises:
         KernelError: an argument is not right.
     """
-    found = library.library()
-    assert found is not None
-    x, layout, thresholds, end, geometry, linear = call
-    threads, isa = torch.get_num_threads(), library.isa_number()
-    if isinstance(end, Tensor):
-        tensors: tuple[Tensor | None, ...] = (thresholds, layout, None, None, None, end)
-        relus = (False, False)
-    else:
-        tensors, relus = (thresholds, layout, end.scale, end.bias, end.residual, None), (end.residual_relu, end.relu)
-    # x is told from its strides: whether it lies channels-last
-    key = (
-        x.shape, x.stride(), x.dtype, *map(_look, tensors), geometry.outputs, *geometry.kernel, *geometry.stride,
-        *geometry.padding, *geometry.dilation, geometry.groups, linear, relus, threads, isa,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = _make_plan(call, relus, threads, isa)
-        if len(_plans) > _MOST_PLANS:
-            _plans.clear()
-    y = torch.empty(plan.shape, dtype=call.dtype, memory_format=plan.form)
-    x = x.contiguous(memory_format=plan.in_form)
-    held = [None if part is None else part.contiguous() for part in tensors]
-    if held[4] is not None and held[4].stride() != y.stride():
-        held[4] = torch.empty_like(y).copy_(held[4])
-    pointers = [0 if part is None else part.data_ptr() for part in held]
-    status = found.fxpress_binary_layer(_POINTERS.pack(x.data_ptr(), *pointers, y.data_ptr()) + plan.sizes)
-    if status:
-        library.check(status)
-    return y
-
-
-def _look(tensor: Tensor | None) -> Any:
-    """All of a tensor that `check` looks at."""
-    return None if tensor is None else (tensor.shape, tensor.dtype)
-
-
-def _make_plan(call: Call, relus: tuple[bool, bool], threads: int, isa: int) -> _Plan:
     check(call)
-    layout, thresholds, of = call.layout, call.thresholds, call.geometry
+    last = not call.linear and call.writes_last()
+    return Output(call.out_shape(), call.dtype, torch.channels_last if last else torch.contiguous_format)
+
+
+def pack(call: Call, of: Output) -> tuple[bytes, list[Tensor | None]]:
+    """`FxpressBinaryLayer` in csrc/binary.cpp behind its head, and the tensors to which it points."""
+    layout, thresholds, geometry, end = call.layout, call.thresholds, call.geometry, call.end
     if layout.dtype != torch.uint8 or layout.dim() != 1:
         raise KernelError(f"A layout of binary weights is 1-D uint8, not {layout.dtype} {tuple(layout.shape)}")
-    shape, last = call.out_shape(), call.reads_last()
+    if isinstance(end, Tensor):
+        held, relus = _contiguous(thresholds, layout, None, None, None, end), (False, False)
+    else:
+        residual = None if end.residual is None else end.residual.contiguous(memory_format=of.form)
+        held = [*_contiguous(thresholds, layout, end.scale, end.bias), residual, None]
+        relus = (end.residual_relu, end.relu)
+    shape = of.shape
     sizes = (math.prod(shape[:-1]), call.channels, 1, 1) if call.linear else tuple(call.x.shape)
-    out = (of.outputs, 1, 1) if call.linear else shape[1:]
-    packed = _SIZES.pack(
-        layout.numel(), *sizes, *out, *of.kernel, *of.stride, *of.padding, *of.dilation,
-        2 if call.has_levels else int(last), 0 if thresholds is None else len(thresholds),
-        thresholds is not None and thresholds.dim() == 2, *relus, call.linear or call.writes_last(), threads, isa,
+    out = (geometry.outputs, 1, 1) if call.linear else shape[1:]
+    constants = _LAYER.pack(
+        *map(pointer, held), layout.numel(), *sizes, *out, *geometry.kernel, *geometry.stride, *geometry.padding,
+        *geometry.dilation, 2 if call.has_levels else int(call.reads_last()),
+        0 if thresholds is None else len(thresholds), thresholds is not None and thresholds.dim() == 2, *relus,
+        call.linear or call.writes_last(),
     )  # fmt: skip
-    forms = [
-        torch.channels_last if flag and not call.linear else torch.contiguous_format
-        for flag in (call.writes_last(), last)
-    ]
-    return _Plan(shape, forms[0], forms[1], packed)
+    return constants, held
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

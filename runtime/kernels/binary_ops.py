@@ -16,71 +16,86 @@ Levels lie channels-last in memory; float32 outputs of a convolution lie as its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import binary_call, library
+from . import binary_call
 from . import binary_reference as reference
 from .binary_call import Call, Epilogue, Geometry
+from .bound import Bound, Output, register
 
-_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")  # type: ignore[no-untyped-call]
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+class _BoundBinary(Bound):
+    """All four: their arguments begin with layout, scale and bias or cuts, thresholds, and sizes."""
+
+    function = "fxpress_binary_layer"
+    linear: ClassVar[bool]
+    levels: ClassVar[bool]
+    """Whether y are levels."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._held: list[Tensor | None] = []
+
+    def _call(self, x: Tensor) -> Call:
+        begin = 3 if self.levels else 4  # where the sizes are
+        end = begin + (1 if self.linear else len(Geometry._fields))
+        layout, *numbers, thresholds = self.arguments[:begin]
+        # residual and what belongs to it may be left out
+        made = numbers[0] if self.levels else Epilogue(*numbers, *self.arguments[end:])
+        return Call(x, layout, thresholds, made, Geometry(*self.arguments[begin:end]), self.linear)
+
+    def output(self, x: Tensor) -> Output:
+        """As `binary_call.output`."""
+        return binary_call.output(self._call(x))
+
+    def in_form(self, x: Tensor) -> torch.memory_format:
+        """Levels of an image are read channels-last, float32 as it lies."""
+        last = not self.linear and self._call(x).reads_last()
+        return torch.channels_last if last else torch.contiguous_format
+
+    def pack(self, x: Tensor, output: Output) -> bytes:
+        """As `binary_call.pack`."""
+        constants, self._held = binary_call.pack(self._call(x), output)
+        return constants
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain torch."""
+        return reference.compute(self._call(x))
+
+
+class BoundBinaryConv2d(_BoundBinary):
+    """binary_conv2d."""
+
+    name, linear, levels = "binary_conv2d", False, False
+
+
+class BoundBinaryLinear(_BoundBinary):
+    """binary_linear."""
+
+    name, linear, levels = "binary_linear", True, False
+
+
+class BoundBinaryConv2dLevels(_BoundBinary):
+    """binary_conv2d_levels."""
+
+    name, linear, levels = "binary_conv2d_levels", False, True
+
+
+class BoundBinaryLinearLevels(_BoundBinary):
+    """binary_linear_levels."""
+
+    name, linear, levels = "binary_linear_levels", True, True
+
+
 _CONV = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups"
 _LINEAR = "int out_features"
 _FLOAT = "(Tensor x, Tensor layout, Tensor scale, Tensor? bias, Tensor? thresholds, {}, {}) -> Tensor"
 _LEVELS = "(Tensor x, Tensor layout, Tensor cuts, Tensor? thresholds, {}) -> Tensor"
 _RESIDUAL = "Tensor? residual=None, bool residual_relu=False, bool relu=False"
-
-
-# Arguments arrive by position, those that are as the schema's defaults may be left out at the end.
-def _conv2d(
-    x: Tensor, layout: Tensor, scale: Tensor, bias: Tensor | None, thresholds: Tensor | None, *rest: Any
-) -> Call:
-    return Call(x, layout, thresholds, Epilogue(scale, bias, *rest[6:]), Geometry(*rest[:6]), False)
-
-
-def _linear(
-    x: Tensor, layout: Tensor, scale: Tensor, bias: Tensor | None, thresholds: Tensor | None, *rest: Any
-) -> Call:
-    return Call(x, layout, thresholds, Epilogue(scale, bias, *rest[1:]), Geometry(rest[0]), True)
-
-
-def _conv2d_levels(x: Tensor, layout: Tensor, cuts: Tensor, thresholds: Tensor | None, *geometry: Any) -> Call:
-    return Call(x, layout, thresholds, cuts, Geometry(*geometry), False)
-
-
-def _linear_levels(x: Tensor, layout: Tensor, cuts: Tensor, thresholds: Tensor | None, outputs: int) -> Call:
-    return Call(x, layout, thresholds, cuts, Geometry(outputs), True)
-
-
-def _run(call: Call) -> Tensor:
-    if library.library() is not None:
-        return binary_call.run(call)
-    binary_call.check(call)
-    return binary_call.empty_output(call).copy_(reference.compute(call))
-
-
-def _fake(call: Call) -> Tensor:
-    binary_call.check(call)
-    return binary_call.empty_output(call)
-
-
-def _register(name: str, schema: str, read: Callable[..., Call]) -> None:
-    def impl(*arguments: Any) -> Tensor:
-        return _run(read(*arguments))
-
-    def fake(*arguments: Any) -> Tensor:
-        return _fake(read(*arguments))
-
-    _LIBRARY.define(name + schema, tags=_TAGS)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, impl, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fxpress::{name}", fake, lib=_LIBRARY)
-
-
-_register("binary_conv2d", _FLOAT.format(_CONV, _RESIDUAL), _conv2d)
-_register("binary_linear", _FLOAT.format(_LINEAR, _RESIDUAL), _linear)
-_register("binary_conv2d_levels", _LEVELS.format(_CONV), _conv2d_levels)
-_register("binary_linear_levels", _LEVELS.format(_LINEAR), _linear_levels)
+register(_FLOAT.format(_CONV, _RESIDUAL), BoundBinaryConv2d)
+register(_FLOAT.format(_LINEAR, _RESIDUAL), BoundBinaryLinear)
+register(_LEVELS.format(_CONV), BoundBinaryConv2dLevels)
+register(_LEVELS.format(_LINEAR), BoundBinaryLinearLevels)

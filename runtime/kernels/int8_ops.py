@@ -11,25 +11,20 @@ One group. Outputs of a convolution lie channels-last, whatever its input does.
 
 from __future__ import annotations
 
-import ctypes
+import math
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...ir.errors import KernelError
 from . import int8_reference as reference
-from . import library
+from .bound import Bound, Output, image_form, pointer, register
 
 Pair = Sequence[int]
-
-_LIBRARY = torch.library.Library("fxpress", "FRAGMENT")  # type: ignore[no-untyped-call]
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_TENSORS = "Tensor x, Tensor weights, Tensor offset, Tensor scale, Tensor? bias, float inverse, int zero"
-_CONV = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
-_LIBRARY.define(f"int8_conv2d({_TENSORS}, {_CONV}, bool relu) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"int8_linear({_TENSORS}, int out_features, bool relu) -> Tensor", tags=_TAGS)  # type: ignore[no-untyped-call]
+_LAYER = struct.Struct("4P16qf3i")
 
 
 class Numbers(NamedTuple):
@@ -53,20 +48,91 @@ class Window(NamedTuple):
     dilation: Pair = (1, 1)
 
 
-def _check(x: Tensor, numbers: Numbers, of: Window) -> None:
-    if x.dtype != torch.float32:
-        raise KernelError(f"x is {x.dtype}", hint="The 8-bit kernels read float32")
-    if of.outputs < 1 or not 0 <= numbers.zero <= 255 or not 0 < numbers.inverse < float("inf"):
-        raise KernelError(
-            f"{of.outputs} outputs, 0 at byte {numbers.zero}, inputs times {numbers.inverse}: out of range"
-        )
-    wanted = {"offset": torch.int32, "scale": torch.float32, "bias": torch.float32}
-    for name, dtype in wanted.items():
-        tensor = getattr(numbers, name)
-        if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (of.outputs,)):
-            raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} ({of.outputs},)")
-    if numbers.weights.dtype != torch.int8 or numbers.weights.dim() != 1:
-        raise KernelError(f"8-bit weights are 1-D int8, not {numbers.weights.dtype} {tuple(numbers.weights.shape)}")
+class _BoundInt8(Bound):
+    """Both operators: their arguments are those of `Numbers`, those of `Window`, and `relu`."""
+
+    function = "fxpress_int8_layer"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        count = len(Numbers._fields)
+        self._numbers, self._of = Numbers(*arguments[:count]), Window(*arguments[count:-1])
+        self._relu: bool = arguments[-1]
+        self._held: list[Tensor | None] = []
+
+    def _check(self, x: Tensor) -> None:
+        numbers, of = self._numbers, self._of
+        if x.dtype != torch.float32:
+            raise KernelError(f"x is {x.dtype}", hint="The 8-bit kernels read float32")
+        if of.outputs < 1 or not 0 <= numbers.zero <= 255 or not 0 < numbers.inverse < float("inf"):
+            raise KernelError(
+                f"{of.outputs} outputs, 0 at byte {numbers.zero}, inputs times {numbers.inverse}: out of range"
+            )
+        wanted = {"offset": torch.int32, "scale": torch.float32, "bias": torch.float32}
+        for name, dtype in wanted.items():
+            tensor = getattr(numbers, name)
+            if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != (of.outputs,)):
+                raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} ({of.outputs},)")
+        if numbers.weights.dtype != torch.int8 or numbers.weights.dim() != 1:
+            found = f"{numbers.weights.dtype} {tuple(numbers.weights.shape)}"
+            raise KernelError(f"8-bit weights are 1-D int8, not {found}")
+
+    def _pack(self, sizes: Sequence[int], channels_last: bool) -> bytes:
+        """`FxpressInt8Layer` in csrc/int8.cpp; `sizes` N, C, H, W, outputs, H', W'."""
+        numbers = self._numbers
+        self._held = [None if part is None else part.contiguous() for part in numbers[:4]]
+        window = (number for pair in self._of[1:] for number in pair)
+        return _LAYER.pack(
+            *map(pointer, self._held), numbers.weights.numel(), *sizes, *window, numbers.inverse, numbers.zero,
+            channels_last, self._relu,
+        )  # fmt: skip
+
+
+class BoundInt8Conv2d(_BoundInt8):
+    """int8_conv2d."""
+
+    name = "int8_conv2d"
+
+    def output(self, x: Tensor) -> Output:
+        """(N, C, H, W) → (N, out, H', W'), channels-last."""
+        self._check(x)
+        return Output(_out_shape(x, self._of), form=torch.channels_last)
+
+    def in_form(self, x: Tensor) -> torch.memory_format:
+        """That of x."""
+        return image_form(x)
+
+    def pack(self, x: Tensor, output: Output) -> bytes:
+        """As `_pack`."""
+        return self._pack((*x.shape, *output.shape[1:]), image_form(x) == torch.channels_last)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain torch."""
+        return reference.conv2d(x, self._numbers, self._of, self._relu)
+
+
+class BoundInt8Linear(_BoundInt8):
+    """int8_linear."""
+
+    name = "int8_linear"
+
+    def output(self, x: Tensor) -> Output:
+        """(…, in) → (…, out)."""
+        self._check(x)
+        return Output((*x.shape[:-1], self._of.outputs))
+
+    def in_form(self, x: Tensor) -> torch.memory_format:  # noqa: ARG002
+        """Contiguous."""
+        return torch.contiguous_format
+
+    def pack(self, x: Tensor, output: Output) -> bytes:
+        """Rows lie beside each other like the pixels of one line."""
+        rows, outputs = math.prod(output.shape[:-1]), self._of.outputs
+        return self._pack((1, x.shape[-1], 1, rows, outputs, 1, rows), True)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain torch."""
+        return reference.linear(x, self._numbers, self._relu)
 
 
 def _out_shape(x: Tensor, of: Window) -> tuple[int, ...]:
@@ -83,86 +149,7 @@ def _out_shape(x: Tensor, of: Window) -> tuple[int, ...]:
     return (x.shape[0], of.outputs, *((reach[i] - 1) // of.stride[i] + 1 for i in range(2)))
 
 
-class _Layer(ctypes.Structure):
-    """`FxpressInt8Layer` in csrc/int8.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weights", "offset", "scale", "bias", "y")),
-        ("weight_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")),
-        *((name, ctypes.c_int64) for name in ("outputs", "out_height", "out_width")),
-        *((name, ctypes.c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        ("inverse", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("zero", "channels_last", "relu", "threads", "isa")),
-    )
-
-
-def _call(
-    found: ctypes.CDLL, x: Tensor, numbers: Numbers, of: Window, relu: bool, sizes: Pair, y: Tensor, last: bool
-) -> None:
-    """One call of the library; `sizes` N, C, H, W, outputs, H', W'."""
-    held = [None if part is None else part.contiguous() for part in numbers[:4]]
-    pointers = [None if part is None else part.data_ptr() for part in held]
-    layer = _Layer(
-        x.data_ptr(), *pointers, y.data_ptr(), numbers.weights.numel(), *sizes, *(tuple(pair) for pair in of[1:]),
-        numbers.inverse, numbers.zero, last, relu, torch.get_num_threads(), library.isa_number(),
-    )  # fmt: skip
-    library.check(found.fxpress_int8_layer(ctypes.addressof(layer)))
-
-
-def _conv2d(
-    x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, relu: bool,
-) -> Tensor:  # fmt: skip
-    numbers = Numbers(weights, offset, scale, bias, inverse, zero)
-    of = Window(out_channels, kernel_size, stride, padding, dilation)
-    y = _empty(x, numbers, of)
-    found = library.library()
-    if found is None:
-        return y.copy_(reference.conv2d(x, numbers, of, relu))
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    _call(found, x, numbers, of, relu, (*x.shape, *y.shape[1:]), y, last)
-    return y
-
-
-def _empty(x: Tensor, numbers: Numbers, of: Window) -> Tensor:
-    _check(x, numbers, of)
-    return torch.empty(_out_shape(x, of), device=x.device, memory_format=torch.channels_last)
-
-
-def _fake_conv2d(
-    x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, relu: bool,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
-    of = Window(out_channels, kernel_size, stride, padding, dilation)
-    return _empty(x, Numbers(weights, offset, scale, bias, inverse, zero), of)
-
-
-def _linear(
-    x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_features: int, relu: bool,
-) -> Tensor:  # fmt: skip
-    numbers, of = Numbers(weights, offset, scale, bias, inverse, zero), Window(out_features)
-    _check(x, numbers, of)
-    found = library.library()
-    if found is None:
-        return reference.linear(x, numbers, relu)
-    x, y = x.contiguous(), x.new_empty((*x.shape[:-1], out_features))
-    rows = y.numel() // out_features  # they lie beside each other like the pixels of one line
-    if rows:
-        _call(found, x, numbers, of, relu, (1, x.shape[-1], 1, rows, out_features, 1, rows), y, True)
-    return y
-
-
-def _fake_linear(
-    x: Tensor, weights: Tensor, offset: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int,
-    out_features: int, relu: bool,  # noqa: ARG001
-) -> Tensor:  # fmt: skip
-    _check(x, Numbers(weights, offset, scale, bias, inverse, zero), Window(out_features))
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-for _name, _impl, _fake in (("int8_conv2d", _conv2d, _fake_conv2d), ("int8_linear", _linear, _fake_linear)):
-    _LIBRARY.impl(_name, _impl, "CPU")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"fxpress::{_name}", _fake, lib=_LIBRARY)
+_TENSORS = "Tensor x, Tensor weights, Tensor offset, Tensor scale, Tensor? bias, float inverse, int zero"
+_CONV = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+register(f"({_TENSORS}, {_CONV}, bool relu) -> Tensor", BoundInt8Conv2d)
+register(f"({_TENSORS}, int out_features, bool relu) -> Tensor", BoundInt8Linear)

@@ -15,17 +15,18 @@ from ...ir.errors import KernelError
 
 # name -> number in csrc/common.h, the fastest first
 _NUMBERS = {"avx512": 2, "avx2": 1, "portable": 0}
-_ABI = 3
+_ABI = 4
 # another build of the library to load, for example one with a sanitizer
 _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None
+_known: tuple[ctypes.CDLL | None, int] | None = None  # what `in_use` found, for as long as `_chosen` stays
 # arguments of the functions: p a pointer, s a pointer to a packed struct, l an int64_t, i an int
 _KINDS = {"p": ctypes.c_void_p, "s": ctypes.c_char_p, "l": ctypes.c_int64, "i": ctypes.c_int}
 _SIGNATURES = {
-    "fxpress_pq_linear": "pll" + "plll" + "i" + "pl" + "ppl" + "iii",
-    "fxpress_pq_conv2d": "pp" + "pl" + "ppp" + "iiiii",
+    "fxpress_pq_linear": "s",
+    "fxpress_pq_conv2d": "s",
     "fxpress_binary_layer": "s",
-    "fxpress_int8_layer": "p",
+    "fxpress_int8_layer": "s",
     "fxpress_binary_network": "pl" + "pl" + "ppl" + "ppl" + "ii",
 }
 
@@ -49,13 +50,21 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
-def library() -> ctypes.CDLL | None:
-    """The library where it is in use; None where the reference is to compute, which is said once if not asked for."""
-    if isa() != "none":
-        return _loaded()[0]
-    if not available():
+def in_use() -> tuple[ctypes.CDLL | None, int]:
+    """The library, and the number of the instruction set in use.
+
+    None where the reference is to compute, which is said once if nobody asked for it.
+    """
+    return _known or _find()
+
+
+def _find() -> tuple[ctypes.CDLL | None, int]:
+    global _known
+    name = isa()
+    if name == "none" and not available():
         _say_once()
-    return None
+    _known = (None if name == "none" else _loaded()[0], _NUMBERS.get(name, -1))
+    return _known
 
 
 @cache
@@ -78,11 +87,6 @@ def isa() -> str:
     return _chosen or isas()[0]
 
 
-def isa_number() -> int:
-    """The same as the C functions want it."""
-    return _NUMBERS[isa()]
-
-
 @cache
 def isas() -> tuple[str, ...]:
     """What this machine can run, the fastest first; the last is always "none", the torch reference."""
@@ -98,14 +102,14 @@ def using(name: str) -> Iterator[None]:
     Raises:
         KernelError: this machine cannot run that one.
     """
-    global _chosen
+    global _chosen, _known
     if name not in isas():
         raise KernelError(f"This machine cannot run kernels for {name!r}", hint=f"It can run {', '.join(isas())}")
-    before, _chosen = _chosen, name
+    before, _chosen, _known = _chosen, name, None
     try:
         yield
     finally:
-        _chosen = before
+        _chosen, _known = before, None
 
 
 def check(status: int) -> None:

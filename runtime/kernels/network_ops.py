@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...ir.errors import KernelError
 from . import library
+from .bound import is_plain
 from .network_data import prepare, unpack
 from .network_program import Program, Size, parse
 from .network_reference import compute
@@ -85,13 +86,21 @@ def _empty(shapes: Shapes, device: torch.device) -> list[Tensor]:
     return [torch.empty(shape, dtype=torch.float32, device=device, memory_format=forms[len(shape)]) for shape in shapes]
 
 
+def binary_network(inputs: list[Tensor], data: Tensor, program: str) -> list[Tensor]:
+    """Outputs; by the library itself where all inputs are plain tensors, as `bound.py` does it for single layers."""
+    if all(is_plain(x) for x in inputs):
+        return _run(inputs, data, program)
+    outputs: list[Tensor] = torch.ops.fxpress.binary_network(inputs, data, program)
+    return outputs
+
+
 def _run(inputs: list[Tensor], data: Tensor, program: str) -> list[Tensor]:
     _check(inputs, data)
     plan = _plan(program, tuple(tuple(x.shape) for x in inputs))
     outputs = _empty(plan.output_shapes, torch.device("cpu"))
     if not inputs[0].shape[0]:
         return outputs
-    found = library.library()
+    found, isa = library.in_use()
     if found is None:
         made = compute(plan.program, unpack(plan.program, data), [_image(x) for x in inputs])
         return [y.copy_(value.reshape(y.shape)) for y, value in zip(outputs, made, strict=True)]
@@ -100,7 +109,7 @@ def _run(inputs: list[Tensor], data: Tensor, program: str) -> list[Tensor]:
     status = found.fxpress_binary_network(
         plan.numbers, len(plan.numbers), read.data_ptr(), read.numel(),
         _pointers(held), plan.input_sizes, len(held), _pointers(outputs), plan.output_sizes, len(outputs),
-        torch.get_num_threads(), library.isa_number(),
+        torch.get_num_threads(), isa,
     )  # fmt: skip
     library.check(status)
     return outputs

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...ir.dialect import register_layer
 from ...ir.errors import ModelError
+from .. import kernels
 from ..kernels.network_data import pack, unpack
 from ..kernels.network_program import Program, parse
 
@@ -77,7 +78,7 @@ class BinaryNetwork(nn.Module):
         if learns and not torch.compiler.is_compiling():
             outputs: Any = _Evaluation.apply(self, *inputs)
         else:
-            outputs = torch.ops.fxpress.binary_network(list(inputs), self.data, self._text)
+            outputs = kernels.binary_network(list(inputs), self.data, self._text)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def extra_repr(self) -> str:
@@ -92,7 +93,7 @@ class _Evaluation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, network: BinaryNetwork, *inputs: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
-        return tuple(torch.ops.fxpress.binary_network(list(inputs), network.data, network._text))
+        return tuple(kernels.binary_network(list(inputs), network.data, network._text))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:  # noqa: ARG004

@@ -11,7 +11,8 @@ from torch.nn.modules.utils import _pair
 
 from ...ir.dialect import register_layer
 from ...ir.errors import OptionError
-from .int8_layer import Int8Layer, _Prepared
+from .. import kernels
+from .int8_layer import Int8Layer
 from .padding import numeric_padding
 
 Size = int | tuple[int, int]
@@ -73,12 +74,9 @@ class Int8Conv2d(Int8Layer):
         """(N, in, H, W) → (N, out, H', W')."""
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        y: Tensor = torch.ops.fxpress.int8_conv2d(
-            x, prepared.weights, prepared.offset, prepared.scale, self.bias, prepared.inverse, prepared.zero,
-            self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.relu,
-        )  # fmt: skip
-        return y
+    def _bind(self, *numbers: Any) -> kernels.Bound:
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        return kernels.BoundInt8Conv2d(*numbers, self.out_channels, *window, self.relu)
 
     def _dilation(self) -> int:
         return int(self.dilation[1])

@@ -16,14 +16,11 @@ MOMENTUM = 0.01
 
 
 class _Prepared(NamedTuple):
-    """What the kernels read, and of which tensors in which version it was made."""
+    """What computes with integers, and of which tensors in which version it was made."""
 
-    weights: Tensor
-    offset: Tensor
-    scale: Tensor
-    inverse: float
-    zero: int
-    sources: tuple[tuple[Tensor, int], ...]
+    integers: kernels.Bound
+    sources: tuple[tuple[Tensor | None, int], ...]
+    relu: bool
 
 
 class Int8Layer(nn.Module):
@@ -102,7 +99,7 @@ class Int8Layer(nn.Module):
             self.weight_scale = weight_steps(self.weight)
         prepared = self._prepare() if self._by_integers(x) else None
         if prepared is not None:
-            return self._integers(x, prepared)
+            return prepared.integers(x)
         seen = self.input_range[0] <= self.input_range[1]
         own = torch.stack(torch.aminmax(x.detach().nan_to_num(0, 0, 0))) if x.numel() else self.input_range
         values = input_values(x, *input_grid(torch.where(seen, self.input_range, own)))
@@ -120,8 +117,8 @@ class Int8Layer(nn.Module):
         """Outputs by the layer's own operation in float32, not rectified."""
         raise NotImplementedError
 
-    def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        """Outputs by the kernels."""
+    def _bind(self, *numbers: Any) -> kernels.Bound:
+        """The kernel of the layer; `numbers` as its operator takes them behind x, up to `zero`."""
         raise NotImplementedError
 
     def _dilation(self) -> int:
@@ -141,14 +138,15 @@ class Int8Layer(nn.Module):
         known = self._prepared
         if torch.compiler.is_compiling():
             return known
-        now = tuple((t, _version(t)) for t in (self.weight, self.weight_scale, self.input_range))
-        if known is None or any(a is not b or v != w for (a, v), (b, w) in zip(known.sources, now, strict=True)):
+        now = tuple((t, _version(t)) for t in (self.weight, self.weight_scale, self.input_range, self.bias))
+        if known is None or known.relu != self.relu or not _same(known.sources, now):
             if bool(self.input_range[0] > self.input_range[1]):
                 return None
             step, zero = input_grid(self.input_range)
             weights, offset = kernels.prepare_int8(self.int8_weight, int(zero), self._dilation())
-            known = _Prepared(weights, offset, step * self.weight_scale, float(step.reciprocal()), int(zero), now)
-            self._prepared = known
+            scale, inverse = step * self.weight_scale, float(step.reciprocal())
+            integers = self._bind(weights, offset, scale, self.bias, inverse, int(zero))
+            known = self._prepared = _Prepared(integers, now, self.relu)
         return known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
@@ -160,6 +158,13 @@ class Int8Layer(nn.Module):
         return {**self.__dict__, "_prepared": None}  # a copy prepares its own
 
 
-def _version(tensor: Tensor) -> int:
+_States = tuple[tuple[Tensor | None, int], ...]
+
+
+def _same(some: _States, other: _States) -> bool:
+    return all(a is b and v == w for (a, v), (b, w) in zip(some, other, strict=True))
+
+
+def _version(tensor: Tensor | None) -> int:
     """How often a tensor was written to; one of inference mode does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

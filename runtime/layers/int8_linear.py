@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ...ir.dialect import register_layer
-from .int8_layer import Int8Layer, _Prepared
+from .. import kernels
+from .int8_layer import Int8Layer
 
 
 class Int8Linear(Int8Layer):
@@ -36,12 +39,8 @@ class Int8Linear(Int8Layer):
         """(..., in) → (..., out)."""
         return F.linear(x, weight, self.bias)
 
-    def _integers(self, x: Tensor, prepared: _Prepared) -> Tensor:
-        y: Tensor = torch.ops.fxpress.int8_linear(
-            x, prepared.weights, prepared.offset, prepared.scale, self.bias, prepared.inverse, prepared.zero,
-            self.out_features, self.relu,
-        )  # fmt: skip
-        return y
+    def _bind(self, *numbers: Any) -> kernels.Bound:
+        return kernels.BoundInt8Linear(*numbers, self.out_features, self.relu)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

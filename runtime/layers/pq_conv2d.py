@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -85,31 +84,38 @@ class PQConv2d(PQLayer):
 
     def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(N, in, H, W)` -> `(N, out, H', W')`, or both without N."""
-        x, padding = self._padded(x)
-        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        padding = self._even_padding()
+        return F.conv2d(self._padded(x), weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
-    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
-        x, padding = self._padded(x)
-        y: Tensor = torch.ops.fxpress.pq_conv2d(
-            x if x.dim() == 4 else x.unsqueeze(0), codebook, layout, self.bias, self.out_channels,
-            self.kernel_size, self.stride, padding, self.dilation, self.groups, self.tables,
-        )  # fmt: skip
-        return y if x.dim() == 4 else y.squeeze(0)
+    def _looked_up(self, x: Tensor, tables: kernels.Bound) -> Tensor:
+        x = self._padded(x)
+        return tables(x) if x.dim() == 4 else tables(x.unsqueeze(0)).squeeze(0)
 
-    def _layout(self) -> Tensor:
-        return kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
+    def _bind(self, codebook: Tensor) -> kernels.Bound:
+        layout = kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
+        window = self.kernel_size, self.stride, self._even_padding(), self.dilation
+        return kernels.BoundPQConv2d(codebook, layout, self.bias, self.out_channels, *window, self.groups, self.tables)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Input and padding in numbers; what padding "same" adds to one side more than to the other is added here."""
+    def _both_sides(self) -> tuple[int, int]:
+        """Rows and columns that a padding in words adds to both sides together."""
+        sizes = zip(self.kernel_size, self.dilation, strict=True)
+        height, width = (step * (size - 1) if self.padding == "same" else 0 for size, step in sizes)
+        return height, width
+
+    def _even_padding(self) -> tuple[int, int]:
+        """What is added to either side."""
+        if isinstance(self.padding, str):
+            height, width = self._both_sides()
+            return height // 2, width // 2
+        rows, columns = self.padding
+        return rows, columns
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Input with what padding "same" adds to one side more than to the other."""
         if not isinstance(self.padding, str):
-            return x, self.padding
-        height, width = (
-            step * (size - 1) if self.padding == "same" else 0
-            for size, step in zip(self.kernel_size, self.dilation, strict=True)
-        )
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, width % 2, 0, height % 2))
-        return x, (height // 2, width // 2)
+            return x
+        height, width = self._both_sides()
+        return F.pad(x, (0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

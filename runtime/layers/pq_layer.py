@@ -16,6 +16,7 @@ from .pq_codebook import Precision as Precision
 
 Kernel = Literal["decode", "dense", "table"]
 Tables = Literal["fp32", "int16", "int8"]
+Sources = tuple[Tensor | None, ...]
 
 
 class PQLayer(nn.Module):
@@ -137,8 +138,8 @@ class PQLayer(nn.Module):
         """Drop what evaluation has prepared."""
         self._prepared = None
 
-    def _layout(self) -> Tensor:
-        """The indices in the order in which the kernels read them."""
+    def _bind(self, codebook: Tensor) -> kernels.Bound:
+        """What looks products of inputs and codewords up in tables; `codebook` as the kernels want it."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,40 +160,41 @@ class PQLayer(nn.Module):
         """Outputs by a dense weight."""
         raise NotImplementedError
 
-    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
-        """Outputs by tables; codebook and layout as the kernels want them."""
-        raise NotImplementedError
+    def _looked_up(self, x: Tensor, tables: kernels.Bound) -> Tensor:
+        """Outputs by tables."""
+        return tables(x)
 
     def _evaluated(self, x: Tensor) -> Tensor:
         """Outputs without gradients, in the way that was chosen for evaluation."""
         if self.kernel == "table" and x.dtype == self.codebook.dtype == torch.float32:
-            return self._looked_up(x, *self._prepare())
-        weight = self._prepare()[0] if self.kernel == "dense" else self.decoded()
+            return self._looked_up(x, self._prepare().tables)
+        weight = self._prepare().weight if self.kernel == "dense" else self.decoded()
         return self._weighted(x, weight)
 
     def _options(self) -> tuple[str, ...]:
         return (self.kernel, self.tables, self.precision)
 
-    def _prepare(self) -> tuple[Tensor, ...]:
-        """The dense weight, or codebook and layout for the kernels; made once for these codewords and options.
+    def _prepare(self) -> _Prepared:
+        """The dense weight, or what looks up by tables; made once for these tensors and options.
 
         While torch.compile or torch.export look on, what is there is taken as it is: they cannot see versions.
         """
         known = self._prepared
         if torch.compiler.is_compiling():
-            assert known is not None  # `_path` has looked
-            return known.tensors
-        if known is None or known.options != self._options() or not known.is_of(self.codebook, self.indices):
+            assert known is not None  # `forward` has looked
+            return known
+        sources = (self.codebook, self.indices, self.bias)
+        if known is None or known.options != self._options() or not known.is_of(sources):
             with torch.inference_mode(False), torch.no_grad():  # an inference tensor could serve no gradient later
-                made = (self.decoded(),) if self.kernel == "dense" else self._tables()
-            known = self._prepared = _Prepared(self._options(), made, self.codebook, self.indices)
-        return known.tensors
+                made = self.decoded() if self.kernel == "dense" else self._tables()
+            known = self._prepared = _Prepared(self._options(), made, sources)
+        return known
 
-    def _tables(self) -> tuple[Tensor, ...]:
-        return kernels.prepare_codebook(self.stored_codebook()), self._layout()
+    def _tables(self) -> kernels.Bound:
+        return self._bind(kernels.prepare_codebook(self.stored_codebook()))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("codebook", "indices"):
+        if name in ("codebook", "indices", "bias"):
             self._prepared = None
         super().__setattr__(name, value)
 
@@ -264,24 +266,43 @@ class _Evaluation(torch.autograd.Function):
 
 
 class _Prepared:
-    """What evaluation has prepared, and for which state of which tensors."""
+    """What evaluation has prepared, and for which state of which tensors.
 
-    def __init__(self, options: tuple[str, ...], tensors: tuple[Tensor, ...], *sources: Tensor) -> None:
-        self.options, self.tensors = options, tensors
-        # a second view keeps the memory alive: nothing else can get its address
-        self._sources = [(source, source.detach(), _version(source)) for source in sources]
+    Args:
+        options: of the layer.
+        made: the dense weight, or what looks up by tables.
+        sources: the tensors from which it was made.
+    """
 
-    def is_of(self, *sources: Tensor) -> bool:
+    def __init__(self, options: tuple[str, ...], made: Tensor | kernels.Bound, sources: Sources) -> None:
+        self.options, self._made, self._sources = options, made, sources
+        # views keep the memory alive: nothing else can get its address
+        self._views = [None if source is None else source.detach() for source in sources]
+        self._states = [_state(source) for source in sources]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight."""
+        assert isinstance(self._made, Tensor)
+        return self._made
+
+    @property
+    def tables(self) -> kernels.Bound:
+        """What looks up by tables."""
+        assert isinstance(self._made, kernels.Bound)
+        return self._made
+
+    def is_of(self, sources: Sources) -> bool:
         """Whether these are the tensors from which it was made, unchanged."""
-        return all(
-            now is old and now.data_ptr() == view.data_ptr() and _version(now) == version
-            for now, (old, view, version) in zip(sources, self._sources, strict=True)
-        )
+        known = zip(sources, self._sources, self._states, strict=True)
+        return all(now is old and _state(now) == state for now, old, state in known)
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; one of inference mode does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor | None) -> tuple[int, int]:
+    """Where a tensor lies and how often it was written to; one of inference mode does not count."""
+    if tensor is None:
+        return 0, 0
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
 OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -64,12 +63,9 @@ class PQLinear(PQLayer):
         """`(.., in)` -> `(.., out)`."""
         return F.linear(x, weight, self.bias)
 
-    def _looked_up(self, x: Tensor, codebook: Tensor, layout: Tensor) -> Tensor:
-        y: Tensor = torch.ops.fxpress.pq_linear(x, codebook, layout, self.bias, self.out_features, self.tables)
-        return y
-
-    def _layout(self) -> Tensor:
-        return kernels.prepare_linear(self.indices, self.codewords, self.tables)
+    def _bind(self, codebook: Tensor) -> kernels.Bound:
+        layout = kernels.prepare_linear(self.indices, self.codewords, self.tables)
+        return kernels.BoundPQLinear(codebook, layout, self.bias, self.out_features, self.tables)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

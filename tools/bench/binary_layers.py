@@ -6,7 +6,6 @@ import copy
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ def cases(*, quick: bool = False) -> tuple[Case, ...]:
 
 
 class Kernel(nn.Module):
-    """float32 → levels → sums → float32: one call of the operator that an emitted layer calls.
+    """float32 → levels → sums → float32: one call of the operator, bound as layers bind theirs.
 
     Args:
         weight: ±1, (out, in) or (out, in, kh, kw).
@@ -70,24 +69,18 @@ class Kernel(nn.Module):
     def __init__(self, weight: Tensor, scale: Tensor, quantizer: HalfWaveQuantizer) -> None:
         super().__init__()
         linear = weight.dim() == 2
-        self.layout = (kernels.prepare_binary_linear if linear else kernels.prepare_binary_conv2d)(weight > 0)
-        self.scale, self.thresholds = scale, torch.tensor(quantizer.thresholds)
-        self.sizes = list(weight.shape)
+        layout = (kernels.prepare_binary_linear if linear else kernels.prepare_binary_conv2d)(weight > 0)
+        thresholds, outputs, kernel = torch.tensor(quantizer.thresholds), len(weight), list(weight.shape[2:])
+        self.bound: kernels.Bound
+        if linear:
+            self.bound = kernels.BoundBinaryLinear(layout, scale, None, thresholds, outputs)
+        else:
+            window = kernel, [1, 1], [size // 2 for size in kernel], [1, 1]
+            self.bound = kernels.BoundBinaryConv2d(layout, scale, None, thresholds, outputs, *window, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) or (N, C, H, W) → the layer's output."""
-        y: Tensor
-        if len(self.sizes) == 2:
-            y = torch.ops.fxpress.binary_linear(x, self.layout, self.scale, None, self.thresholds, self.sizes[0])
-        else:
-            y = self._convolve(x)
-        return y
-
-    def _convolve(self, x: Tensor) -> Any:
-        padding = [size // 2 for size in self.sizes[2:]]
-        return torch.ops.fxpress.binary_conv2d(
-            x, self.layout, self.scale, None, self.thresholds, self.sizes[0], self.sizes[2:], [1, 1], padding, [1, 1], 1
-        )
+        return self.bound(x)
 
 
 def measure_layer(case: Case, load: Load, folder: Path, rounds: int, larq: Larq | None, advance: Advance) -> list[Row]:

@@ -306,18 +306,17 @@ int binary_layer(const BinaryCall& given, int isa) {
 
 // One call of a layer; binary_call.py packs the same fields.
 struct FxpressBinaryLayer {
-    const void* x;
+    FxpressCall call;
     const float* threshold;
     const uint8_t* layout;
     const float *scale, *bias, *residual;
     const int32_t* cuts;  // of these and `scale` one is null
-    void* y;
     int64_t layout_bytes;
     int64_t batch, channels, height, width;
     int64_t outputs, out_height, out_width;
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     int32_t kind;  // of x: 0 float32 (N, C, H, W), 1 float32 channels-last, 2 levels in bytes, channels-last
-    int32_t threshold_count, threshold_per_channel, residual_relu, relu, y_channels_last, threads, isa;
+    int32_t threshold_count, threshold_per_channel, residual_relu, relu, y_channels_last;
 };
 
 FX_EXPORT int fxpress_binary_layer(const FxpressBinaryLayer* layer) {
@@ -330,7 +329,7 @@ FX_EXPORT int fxpress_binary_layer(const FxpressBinaryLayer* layer) {
         return fail(BAD_LAYOUT, "A layout of binary weights for %u outputs and %u x %u taps was given to a layer of %lld "
                     "outputs and %lld x %lld taps", call.layout.outputs, call.layout.kh, call.layout.kw,
                     (long long)of.outputs, (long long)of.kernel[0], (long long)of.kernel[1]);
-    call.x = of.x, call.levels_in = of.kind == 2, call.channels_last = of.kind != 0;
+    call.x = of.call.x, call.levels_in = of.kind == 2, call.channels_last = of.kind != 0;
     call.threshold = of.threshold, call.threshold_count = of.threshold_count;
     call.threshold_per_channel = of.threshold_per_channel != 0;
     call.batch = of.batch, call.channels = of.channels, call.height = of.height, call.width = of.width;
@@ -339,6 +338,6 @@ FX_EXPORT int fxpress_binary_layer(const FxpressBinaryLayer* layer) {
         call.stride[i] = of.stride[i], call.padding[i] = of.padding[i], call.dilation[i] = of.dilation[i];
     call.scale = of.scale, call.bias = of.bias, call.residual = of.residual, call.cuts = of.cuts;
     call.residual_relu = of.residual_relu != 0, call.relu = of.relu != 0;
-    call.y = of.y, call.y_channels_last = of.y_channels_last != 0, call.threads = of.threads;
-    return binary_layer(call, of.isa);
+    call.y = of.call.y, call.y_channels_last = of.y_channels_last != 0, call.threads = of.call.threads;
+    return binary_layer(call, of.call.isa);
 }

@@ -21,12 +21,19 @@
 #define FX_UNROLL
 #endif
 
+// What the struct of every exported function of a layer begins with; runtime/kernels/bound.py packs it.
+struct FxpressCall {
+    const void* x;
+    void* y;
+    int32_t threads, isa;
+};
+
 namespace fx {
 
 // Instruction sets; the numbers are those of runtime/kernels/library.py.
 enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
-// Element types of the tables; the numbers are those of runtime/kernels/ops.py.
+// Element types of the tables; the numbers are those of runtime/kernels/pq_ops.py.
 enum Tables : int { FP32 = 0, INT16 = 1, INT8 = 2 };
 
 // What an exported function returns; library.py raises KernelError with fxpress_message() for all but OK.

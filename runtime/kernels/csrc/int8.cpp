@@ -16,19 +16,21 @@ constexpr int64_t IMAGES_BYTES = int64_t(8) << 20;  // rounded images that are m
 }  // namespace
 }  // namespace fx
 
-// One call of a layer; mirrored field by field in int8_ops.py.
+// One call of a layer; int8_ops.py packs the same fields.
 struct FxpressInt8Layer {
-    const float* x;
+    FxpressCall call;
     const int8_t* weights;
     const int32_t* offset;
     const float *scale, *bias;
-    float* y;
     int64_t weight_bytes;
     int64_t batch, channels, height, width;
     int64_t outputs, out_height, out_width;
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     float inverse;
-    int32_t zero, channels_last, relu, threads, isa;
+    int32_t zero, channels_last, relu;
+
+    const float* x() const { return static_cast<const float*>(call.x); }
+    float* y() const { return static_cast<float*>(call.y); }
 };
 
 namespace fx {
@@ -83,15 +85,15 @@ void Images::round(int64_t image, int64_t slot, int64_t line) const {
     const int64_t plane = of.height * of.width, whole = image * of.channels * plane;
     const Int8Rounding rounding{of.inverse, of.zero};
     if (of.channels_last)
-        kernels.round({of.x + whole + y * of.width * of.channels, 1, of.channels, of.channels, of.width, to + border},
+        kernels.round({of.x() + whole + y * of.width * of.channels, 1, of.channels, of.channels, of.width, to + border},
                       rounding);
     else
-        kernels.round({of.x + whole + y * of.width, plane, 1, of.channels, of.width, to + border}, rounding);
+        kernels.round({of.x() + whole + y * of.width, plane, 1, of.channels, of.width, to + border}, rounding);
 }
 
 void Images::compute(int64_t image, int64_t slot, int64_t line) const {
     const uint8_t* window = bytes + slot * image_bytes() + line * of.stride[0] * row_bytes();
-    float* y = of.y + (image * of.out_height + line) * of.out_width * of.outputs;
+    float* y = of.y() + (image * of.out_height + line) * of.out_width * of.outputs;
     kernels.row({window, of.out_width, of.stride[1] * of.channels, places, segments(), dwords(), of.weights, of.offset,
                  of.scale, of.bias, of.relu != 0, of.outputs, y});
 }
@@ -99,7 +101,7 @@ void Images::compute(int64_t image, int64_t slot, int64_t line) const {
 int check(const Images& images) {
     const Layer& of = images.of;
     const int64_t size[2] = {of.height, of.width}, out[2] = {of.out_height, of.out_width};
-    bool fits = of.batch >= 0 && of.channels >= 1 && of.outputs >= 1 && of.threads >= 1 && of.zero >= 0 && of.zero < 256;
+    bool fits = of.batch >= 0 && of.channels >= 1 && of.outputs >= 1 && of.call.threads >= 1 && of.zero >= 0 && of.zero < 256;
     fits = fits && of.channels < LIMIT && of.outputs < LIMIT && of.inverse > 0;
     for (int i = 0; i < 2 && fits; i++) {
         fits = size[i] >= 0 && size[i] < LIMIT && of.padding[i] >= 0 && of.padding[i] < LIMIT && of.stride[i] >= 1 &&
@@ -118,7 +120,7 @@ int check(const Images& images) {
 }
 
 int run(const Layer& of) {
-    Images images{of, kernels_for(of.isa), nullptr, nullptr};
+    Images images{of, kernels_for(of.call.isa), nullptr, nullptr};
     const int status = check(images);
     if (status || !of.batch) return status;
     const int64_t together = most(1, least(of.batch, IMAGES_BYTES / images.image_bytes()));
@@ -129,9 +131,9 @@ int run(const Layer& of) {
     const int64_t lines = of.height + 2 * of.padding[0];
     for (int64_t first = 0; first < of.batch; first += together) {
         const int64_t count = least(together, of.batch - first);
-        parallel_for(of.threads, count * lines,
+        parallel_for(of.call.threads, count * lines,
                      [&](int64_t task) { images.round(first + task / lines, task / lines, task % lines); });
-        parallel_for(of.threads, count * of.out_height, [&](int64_t task) {
+        parallel_for(of.call.threads, count * of.out_height, [&](int64_t task) {
             images.compute(first + task / of.out_height, task / of.out_height, task % of.out_height);
         });
     }

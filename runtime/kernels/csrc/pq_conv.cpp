@@ -122,27 +122,39 @@ int run(Call& call) {
 }  // namespace
 }  // namespace fx
 
-// x (images, channels, height, width) and y (images, outputs, ...), both contiguous or both channels-last (`last`).
-// `sizes`: images, channels, height, width, outputs, out_height, out_width, kernel, stride, padding, dilation (two each),
-// groups, sub-spaces, code words, width of a sub-space. bias may be null.
-FX_EXPORT int fxpress_pq_conv2d(const float* x, const float* codebook, const uint8_t* layout, int64_t layout_bytes,
-                                const float* bias, float* y, const int64_t* sizes, int last, int dims_major, int tables,
-                                int threads, int isa) {
-    fx::Call call;
-    if (int status = fx::read_layout(layout, layout_bytes, &call.layout)) return status;
-    fx::ConvShape& s = call.shape;
-    s.images = sizes[0], s.channels = sizes[1], s.height = sizes[2], s.width = sizes[3], s.outputs = sizes[4];
-    s.out_height = sizes[5], s.out_width = sizes[6];
+// x (images, channels, height, width) and y (images, outputs, ...), both contiguous or both channels-last (`last`); bias
+// may be null. pq_ops.py packs the same fields.
+struct FxpressPQConv2d {
+    FxpressCall call;
+    const float* codebook;
+    const uint8_t* layout;
+    const float* bias;
+    int64_t layout_bytes;
+    int64_t images, channels, height, width, outputs, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+    int64_t groups, subspaces, codewords, subwidth;
+    int32_t last, dims_major, tables;
+};
+
+FX_EXPORT int fxpress_pq_conv2d(const FxpressPQConv2d* layer) {
+    using namespace fx;
+    const FxpressPQConv2d& of = *layer;
+    Call call;
+    if (int status = read_layout(of.layout, of.layout_bytes, &call.layout)) return status;
+    ConvShape& s = call.shape;
+    s.images = of.images, s.channels = of.channels, s.height = of.height, s.width = of.width, s.outputs = of.outputs;
+    s.out_height = of.out_height, s.out_width = of.out_width;
     for (int i = 0; i < 2; i++) {
-        s.kernel[i] = sizes[7 + i], s.stride[i] = sizes[9 + i], s.padding[i] = sizes[11 + i];
-        s.dilation[i] = sizes[13 + i];
+        s.kernel[i] = of.kernel[i], s.stride[i] = of.stride[i], s.padding[i] = of.padding[i];
+        s.dilation[i] = of.dilation[i];
     }
-    s.groups = sizes[15], s.subspaces = sizes[16], s.codewords = sizes[17], s.subwidth = sizes[18];
-    call.x = x, call.codebook = codebook, call.bias = bias, call.y = y, call.mode = tables, call.last = last != 0;
-    call.dims_major = dims_major != 0, call.threads = int(fx::most(1, fx::least(threads, 1024)));
-    if (int status = fx::check(call)) return status;
-    call.kernels = fx::kernels_of(isa);
-    if (!s.images) return fx::OK;
-    fx::lay_out(call);
-    return fx::run(call);
+    s.groups = of.groups, s.subspaces = of.subspaces, s.codewords = of.codewords, s.subwidth = of.subwidth;
+    call.x = static_cast<const float*>(of.call.x), call.y = static_cast<float*>(of.call.y);
+    call.codebook = of.codebook, call.bias = of.bias, call.mode = of.tables, call.last = of.last != 0;
+    call.dims_major = of.dims_major != 0, call.threads = int(most(1, least(of.call.threads, 1024)));
+    if (int status = check(call)) return status;
+    call.kernels = kernels_of(of.call.isa);
+    if (!s.images) return OK;
+    lay_out(call);
+    return run(call);
 }

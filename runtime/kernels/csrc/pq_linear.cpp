@@ -165,16 +165,27 @@ int run(const Call& call) {
 }  // namespace fx
 
 // y[n][o] = bias[o] + sum_m codebook[m][index(m, o)] . x[n][m]; all pointers to C-contiguous numbers, bias may be null.
-FX_EXPORT int fxpress_pq_linear(const float* x, int64_t batch, int64_t inputs, const float* codebook, int64_t subspaces,
-                                int64_t codewords, int64_t width, int dims_major, const uint8_t* layout,
-                                int64_t layout_bytes, const float* bias, float* y, int64_t outputs, int tables,
-                                int threads, int isa) {
-    fx::Call call{};
-    if (int status = fx::read_layout(layout, layout_bytes, &call.layout)) return status;
-    call.codebook = {codebook, subspaces, codewords, width, dims_major != 0};
-    call.x = x, call.bias = bias, call.y = y, call.batch = batch, call.inputs = inputs;
-    call.tables = tables, call.threads = int(fx::most(1, fx::least(threads, 1024)));
-    if (int status = fx::check(call, outputs)) return status;
-    call.kernels = fx::choose(call.layout, tables, isa), call.exact = fx::choose(call.layout, fx::FP32, isa);
-    return batch ? fx::run(call) : fx::OK;
+// pq_ops.py packs the same fields.
+struct FxpressPQLinear {
+    FxpressCall call;
+    const float* codebook;
+    const uint8_t* layout;
+    const float* bias;
+    int64_t batch, inputs;
+    int64_t subspaces, codewords, width, layout_bytes, outputs;
+    int32_t dims_major, tables;
+};
+
+FX_EXPORT int fxpress_pq_linear(const FxpressPQLinear* layer) {
+    using namespace fx;
+    const FxpressPQLinear& of = *layer;
+    Call call{};
+    if (int status = read_layout(of.layout, of.layout_bytes, &call.layout)) return status;
+    call.codebook = {of.codebook, of.subspaces, of.codewords, of.width, of.dims_major != 0};
+    call.x = static_cast<const float*>(of.call.x), call.y = static_cast<float*>(of.call.y), call.bias = of.bias;
+    call.batch = of.batch, call.inputs = of.inputs;
+    call.tables = of.tables, call.threads = int(most(1, least(of.call.threads, 1024)));
+    if (int status = check(call, of.outputs)) return status;
+    call.kernels = choose(call.layout, of.tables, of.call.isa), call.exact = choose(call.layout, FP32, of.call.isa);
+    return of.batch ? run(call) : OK;
 }

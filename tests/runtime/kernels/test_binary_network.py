@@ -254,7 +254,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 def call_library(numbers: list[int], data: Tensor, sizes: tuple[int, ...] = (1, 21, 13, 11)) -> None:
-    found = library.library()
+    found = library.in_use()[0]
     assert found is not None
     program = parse(WHOLE)
     made = [torch.zeros(size.n * size.c * size.h * size.w) for size in _outputs(program)]
@@ -265,7 +265,7 @@ def call_library(numbers: list[int], data: Tensor, sizes: tuple[int, ...] = (1, 
             (ctypes.c_int64 * len(numbers))(*numbers), len(numbers), data.data_ptr(), data.numel(),
             (ctypes.c_void_p * 1)(x.data_ptr()), (ctypes.c_int64 * 4)(*sizes), 1,
             (ctypes.c_void_p * len(made))(*(y.data_ptr() for y in made)), (ctypes.c_int64 * len(room))(*room),
-            len(made), 1, library.isa_number(),
+            len(made), 1, library.in_use()[1],
         )
     )  # fmt: skip
 
@@ -306,14 +306,14 @@ def test_no_program_makes_the_library_read_elsewhere(prepared: tuple[list[int], 
 
 @pytest.mark.parametrize("sizes", [(0, 21, 13, 11), (1, 20, 13, 11), (1, 21, 2, 11), (2**30, 21, 13, 11)])
 def test_the_library_refuses_sizes(prepared: tuple[list[int], Tensor], sizes: tuple[int, ...]) -> None:
-    found = library.library()
+    found = library.in_use()[0]
     assert found is not None
     numbers, data = prepared
     x, room = torch.zeros(16), [0] * 20
     status = found.fxpress_binary_network(
         (ctypes.c_int64 * len(numbers))(*numbers), len(numbers), data.data_ptr(), data.numel(),
         (ctypes.c_void_p * 1)(x.data_ptr()), (ctypes.c_int64 * 4)(*sizes), 1,
-        (ctypes.c_void_p * 5)(*[x.data_ptr()] * 5), (ctypes.c_int64 * 20)(*room), 5, 1, library.isa_number(),
+        (ctypes.c_void_p * 5)(*[x.data_ptr()] * 5), (ctypes.c_int64 * 20)(*room), 5, 1, library.in_use()[1],
     )  # fmt: skip
     assert status
     with pytest.raises(KernelError, match="binary network"):

@@ -1,0 +1,135 @@
+"""The operators `torch.ops.fxpress.pq_linear` and `pq_conv2d`: schemas, checks, and what the library reads."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ir.errors import KernelError
+from . import layout as layouts
+from . import reference
+from .bound import Bound, Output, image_form, pointer, register
+
+_TABLES = ("fp32", "int16", "int8")
+_LINEAR = struct.Struct("3P7q2i")
+_CONV = struct.Struct("3P20q3i")
+
+
+class _BoundPQ(Bound):
+    """Both operators: their arguments begin with codebook, layout, bias, number of outputs."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._codebook, self._layout, self._bias, self._outputs = arguments[:4]
+        self._tables: str = arguments[-1]
+        self._held: list[Any] = []
+
+    def _check(self, x: Tensor, inputs: int) -> None:
+        """Types and sizes; `inputs` are those of one group."""
+        codebook, bias, outputs = self._codebook, self._bias, self._outputs
+        if self._tables not in _TABLES:
+            raise KernelError(f"tables is {self._tables!r}", hint=f"It is one of {', '.join(_TABLES)}")
+        for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
+            if tensor is not None and tensor.dtype != torch.float32:
+                hint = "The kernels read float32; decode the layer for others"
+                raise KernelError(f"{name} is {tensor.dtype}", hint=hint)
+        if outputs < 1:
+            raise KernelError(f"There are {outputs} outputs")
+        if codebook.dim() != 3:
+            raise KernelError(f"A codebook is (sub-spaces, code words, width), not {tuple(codebook.shape)}")
+        subspaces, _, width = codebook.shape
+        if not (subspaces - 1) * width < inputs <= subspaces * width:
+            raise KernelError(f"{inputs} inputs do not fit {subspaces} sub-spaces of width {width}")
+        if bias is not None and tuple(bias.shape) != (outputs,):
+            raise KernelError(f"bias has shape {tuple(bias.shape)} where there are {outputs} outputs")
+        layouts.check_tensor(self._layout)
+
+    def _pointers(self) -> tuple[tuple[int, int, int], bool]:
+        """Codebook, layout and bias, and whether equal dimensions of code words are adjacent (`prepare_codebook`)."""
+        dims_major = self._codebook.transpose(1, 2).is_contiguous()
+        codebook = self._codebook if dims_major else self._codebook.contiguous()
+        bias = self._bias if self._bias is None else self._bias.contiguous()
+        self._held = [codebook, self._layout.contiguous(), bias]
+        return (pointer(codebook), pointer(self._held[1]), pointer(bias)), dims_major
+
+
+class BoundPQLinear(_BoundPQ):
+    """pq_linear(x, codebook, layout, bias, out_features, tables)."""
+
+    name, function = "pq_linear", "fxpress_pq_linear"
+
+    def output(self, x: Tensor) -> Output:
+        """(…, in) → (…, out)."""
+        if not x.dim():
+            raise KernelError("x is a scalar", hint="A linear layer reads (…, inputs)")
+        self._check(x, x.shape[-1])
+        return Output((*x.shape[:-1], self._outputs))
+
+    def in_form(self, x: Tensor) -> torch.memory_format:  # noqa: ARG002
+        """Contiguous."""
+        return torch.contiguous_format
+
+    def pack(self, x: Tensor, output: Output) -> bytes:
+        """`FxpressPQLinear` in csrc/pq_linear.cpp."""
+        pointers, dims_major = self._pointers()
+        sizes = math.prod(output.shape[:-1]), x.shape[-1], *self._codebook.shape, self._layout.numel(), self._outputs
+        return _LINEAR.pack(*pointers, *sizes, dims_major, _TABLES.index(self._tables))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain torch."""
+        return reference.pq_linear(x, *self.arguments)
+
+
+class BoundPQConv2d(_BoundPQ):
+    """pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables)."""
+
+    name, function = "pq_conv2d", "fxpress_pq_conv2d"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._window: Sequence[Sequence[int]] = arguments[4:8]
+        self._groups: int = arguments[8]
+
+    def output(self, x: Tensor) -> Output:
+        """(N, C, H, W) → (N, out, H', W') in the format of x."""
+        if x.dim() != 4 or self._groups < 1 or x.shape[1] % self._groups or self._outputs % self._groups:
+            given = f"x {tuple(x.shape)} and {self._outputs} outputs"
+            raise KernelError(f"{given} do not make {self._groups} groups of (N, C, H, W) images")
+        self._check(x, x.shape[1] // self._groups)
+        edges = zip(x.shape[2:], *self._window, strict=True)
+        size = [(edge + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for edge, kernel, step, pad, gap in edges]
+        if any(edge < 1 for edge in size):
+            kernel = tuple(self._window[0])
+            raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {kernel}")
+        return Output((x.shape[0], self._outputs, *size), form=image_form(x))
+
+    def in_form(self, x: Tensor) -> torch.memory_format:
+        """That of x."""
+        return image_form(x)
+
+    def pack(self, x: Tensor, output: Output) -> bytes:
+        """`FxpressPQConv2d` in csrc/pq_conv.cpp."""
+        pointers, dims_major = self._pointers()
+        window = (number for pair in self._window for number in pair)
+        sizes = *x.shape, *output.shape[1:], *window, self._groups, *self._codebook.shape
+        last = output.form == torch.channels_last
+        return _CONV.pack(*pointers, self._layout.numel(), *sizes, last, dims_major, _TABLES.index(self._tables))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """In plain torch."""
+        return reference.pq_conv2d(x, *self.arguments)
+
+
+register(
+    "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_features, str tables) -> Tensor", BoundPQLinear
+)
+register(
+    "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_channels, int[2] kernel_size, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, str tables) -> Tensor",
+    BoundPQConv2d,
+)
