@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .int8_rounding import input_grid, input_values, weight_numbers, weight_steps, weight_values
+from .snapshot import Snapshot
 
 MOMENTUM = 0.01
 """Share of a training batch in the span of the inputs."""
 
 
 class _Prepared(NamedTuple):
-    """What computes with integers, and of which tensors in which version it was made."""
+    """What computes with integers, and of which tensors it was made."""
 
     integers: kernels.Bound
-    sources: tuple[tuple[Tensor | None, int], ...]
+    snapshot: Snapshot
     relu: bool
 
 
@@ -132,22 +133,29 @@ class Int8Layer(nn.Module):
         if kernels.available() and self.weight.dtype == torch.float32:
             self._prepare()
 
-    @torch.no_grad()
     def _prepare(self) -> _Prepared | None:
-        """Weights for the kernels, made once for these tensors; None before the layer has seen any input."""
+        """What computes with integers, made once for these tensors; None before the layer has seen any input."""
         known = self._prepared
         if torch.compiler.is_compiling():
             return known
-        now = tuple((t, _version(t)) for t in (self.weight, self.weight_scale, self.input_range, self.bias))
-        if known is None or known.relu != self.relu or not _same(known.sources, now):
-            if bool(self.input_range[0] > self.input_range[1]):
-                return None
-            step, zero = input_grid(self.input_range)
-            weights, offset = kernels.prepare_int8(self.int8_weight, int(zero), self._dilation())
-            scale, inverse = step * self.weight_scale, float(step.reciprocal())
-            integers = self._bind(weights, offset, scale, self.bias, inverse, int(zero))
-            known = self._prepared = _Prepared(integers, now, self.relu)
+        if known is None or known.relu != self.relu or not known.snapshot.is_of(self._sources()):
+            known = self._prepared = self._made()
         return known
+
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        """All tensors; past `Module.__getattr__`, which takes longer than the rest of a call."""
+        parameters, buffers = self._parameters, self._buffers
+        return parameters["weight"], parameters.get("bias"), buffers["weight_scale"], buffers["input_range"]
+
+    @torch.no_grad()
+    def _made(self) -> _Prepared | None:
+        if bool(self.input_range[0] > self.input_range[1]):
+            return None
+        step, zero = input_grid(self.input_range)
+        weights, offset = kernels.prepare_int8(self.int8_weight, int(zero), self._dilation())
+        scale, inverse = step * self.weight_scale, float(step.reciprocal())
+        integers = self._bind(weights, offset, scale, self.bias, inverse, int(zero))
+        return _Prepared(integers, Snapshot(self._sources()), self.relu)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
         self._prepared = None
@@ -156,15 +164,3 @@ class Int8Layer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # a copy prepares its own
-
-
-_States = tuple[tuple[Tensor | None, int], ...]
-
-
-def _same(some: _States, other: _States) -> bool:
-    return all(a is b and v == w for (a, v), (b, w) in zip(some, other, strict=True))
-
-
-def _version(tensor: Tensor | None) -> int:
-    """How often a tensor was written to; one of inference mode does not count."""
-    return -1 if tensor is None or tensor.is_inference() else tensor._version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from ...ir.errors import OptionError
 from .. import kernels
 from .pq_codebook import SIZES, as_stored, bits, check_choice, check_sizes, decode, subspaces
 from .pq_codebook import Precision as Precision
+from .snapshot import Snapshot
 
 Kernel = Literal["decode", "dense", "table"]
 Tables = Literal["fp32", "int16", "int8"]
-Sources = tuple[Tensor | None, ...]
 
 
 class PQLayer(nn.Module):
@@ -148,9 +148,9 @@ class PQLayer(nn.Module):
             return self._weighted(x, self.decoded())
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters()))
         if torch.compiler.is_compiling():
-            ready = self._prepared is not None and self._prepared.options == self._options()
-            through = not learns or torch.compiler.is_exporting()
-            return self._evaluated(x) if ready and through else self._weighted(x, self.decoded())
+            # what is there is taken as it is: compilers cannot see versions
+            ready = self._prepared is not None and (not learns or torch.compiler.is_exporting())
+            return self._evaluated(x) if ready else self._weighted(x, self.decoded())
         if learns:
             y: Tensor = _Evaluation.apply(self, x, *self.parameters())
             return y
@@ -166,35 +166,31 @@ class PQLayer(nn.Module):
 
     def _evaluated(self, x: Tensor) -> Tensor:
         """Outputs without gradients, in the way that was chosen for evaluation."""
-        if self.kernel == "table" and x.dtype == self.codebook.dtype == torch.float32:
-            return self._looked_up(x, self._prepare().tables)
-        weight = self._prepare().weight if self.kernel == "dense" else self.decoded()
-        return self._weighted(x, weight)
-
-    def _options(self) -> tuple[str, ...]:
-        return (self.kernel, self.tables, self.precision)
+        known = self._prepared
+        if known is None or not (torch.compiler.is_compiling() or known.snapshot.is_of(self._sources())):
+            known = self._prepare()
+        if known.weight is not None:
+            return self._weighted(x, known.weight)
+        if known.tables is not None and x.dtype == torch.float32:
+            return self._looked_up(x, known.tables)
+        return self._weighted(x, self.decoded())
 
     def _prepare(self) -> _Prepared:
-        """The dense weight, or what looks up by tables; made once for these tensors and options.
+        """The dense weight, or what looks up by tables; made once for these tensors and options."""
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could serve no gradient later
+            weight = self.decoded() if self.kernel == "dense" else None
+            floats = self.kernel == "table" and self.codebook.dtype == torch.float32
+            tables = self._bind(kernels.prepare_codebook(self.stored_codebook())) if floats else None
+        self._prepared = _Prepared(weight, tables, Snapshot(self._sources()))
+        return self._prepared
 
-        While torch.compile or torch.export look on, what is there is taken as it is: they cannot see versions.
-        """
-        known = self._prepared
-        if torch.compiler.is_compiling():
-            assert known is not None  # `forward` has looked
-            return known
-        sources = (self.codebook, self.indices, self.bias)
-        if known is None or known.options != self._options() or not known.is_of(sources):
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could serve no gradient later
-                made = self.decoded() if self.kernel == "dense" else self._tables()
-            known = self._prepared = _Prepared(self._options(), made, sources)
-        return known
-
-    def _tables(self) -> kernels.Bound:
-        return self._bind(kernels.prepare_codebook(self.stored_codebook()))
+    def _sources(self) -> tuple[Tensor | None, ...]:
+        """All tensors; past `Module.__getattr__`, which takes longer than the rest of a call."""
+        parameters = self._parameters
+        return parameters["codebook"], self._buffers["indices"], parameters.get("bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("codebook", "indices", "bias"):
+        if name in ("codebook", "indices", "bias", "kernel", "tables", "precision"):
             self._prepared = None
         super().__setattr__(name, value)
 
@@ -265,44 +261,12 @@ class _Evaluation(torch.autograd.Function):
         return None, *(next(found) if wanted else None for wanted in ctx.needs_input_grad[1:])
 
 
-class _Prepared:
-    """What evaluation has prepared, and for which state of which tensors.
+class _Prepared(NamedTuple):
+    """What evaluation has prepared: the dense weight, what looks up by tables, or neither; and of which tensors."""
 
-    Args:
-        options: of the layer.
-        made: the dense weight, or what looks up by tables.
-        sources: the tensors from which it was made.
-    """
-
-    def __init__(self, options: tuple[str, ...], made: Tensor | kernels.Bound, sources: Sources) -> None:
-        self.options, self._made, self._sources = options, made, sources
-        # views keep the memory alive: nothing else can get its address
-        self._views = [None if source is None else source.detach() for source in sources]
-        self._states = [_state(source) for source in sources]
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight."""
-        assert isinstance(self._made, Tensor)
-        return self._made
-
-    @property
-    def tables(self) -> kernels.Bound:
-        """What looks up by tables."""
-        assert isinstance(self._made, kernels.Bound)
-        return self._made
-
-    def is_of(self, sources: Sources) -> bool:
-        """Whether these are the tensors from which it was made, unchanged."""
-        known = zip(sources, self._sources, self._states, strict=True)
-        return all(now is old and _state(now) == state for now, old, state in known)
-
-
-def _state(tensor: Tensor | None) -> tuple[int, int]:
-    """Where a tensor lies and how often it was written to; one of inference mode does not count."""
-    if tensor is None:
-        return 0, 0
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    weight: Tensor | None
+    tables: kernels.Bound | None
+    snapshot: Snapshot
 
 
 OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")

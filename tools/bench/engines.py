@@ -19,7 +19,7 @@ class Engine:
     Args:
         name: engine and settings, as the table shows them.
         kind: `fxpress`; of peers, what they compute with.
-        run: one call.
+        run: one call, without gradients if the caller sees to it.
         output: one call, and what came out.
         clocked: calls → milliseconds of one, (CPU, wall), where it runs in a process of its own; None: in this one.
     """
@@ -35,12 +35,12 @@ def torch_engine(name: str, kind: Kind, module: nn.Module, images: Tensor) -> En
     """A module in torch as it is (eager)."""
     module.eval()
 
-    def run() -> Tensor:
+    def output() -> Tensor:
         with torch.inference_mode():
             result: Tensor = module(images)
         return result
 
-    return Engine(name, kind, run, run)
+    return Engine(name, kind, lambda: module(images), output)
 
 
 def relative_distance(reference: Tensor, output: Tensor) -> float:

@@ -104,6 +104,16 @@ FX_INLINE void sum_lanes(const PqLookUp& job, const PqImage* images, const uint8
                         TWO ? _mm512_add_epi32(low[r][b], _mm512_slli_epi32(high[r][b], 8)) : low[r][b]);
 }
 
+// The `bits` of every lane from bit `shift` on, in its lowest bits; what is above them is something else. Shifts are done by
+// the units that look up, which have enough to do: where a multiplication gives the same, it is taken. Fields of the lower
+// halves are read in turns with those of the upper, so that all units are busy at any time.
+FX_INLINE Ints field(Ints lanes, int shift, int bits) {
+    if (shift == 0) return lanes;
+    if (shift + bits <= 16) return _mm512_mulhi_epu16(lanes, _mm512_set1_epi16(short(1 << (16 - shift))));
+    if (shift == 16) return _mm512_madd_epi16(lanes, _mm512_set1_epi32(1 << 16));
+    return _mm512_srli_epi32(lanes, shift);
+}
+
 // float32 tables of 16 or 32 entries, in one or two registers.
 template <int K, int R, int B>
 FX_INLINE void sum_lanes_fp32(const PqLookUp& job, const PqImage* images, const uint8_t* panel, int64_t stride,
@@ -117,21 +127,25 @@ FX_INLINE void sum_lanes_fp32(const PqLookUp& job, const PqImage* images, const 
         const uint8_t* at = panel + word * stride;
         for (int r = 0; r < R; r++) fetch(at + r * 64);
         FX_UNROLL
-        for (int j = 0; j < PER_WORD; j++) {
-            Floats table[B], upper[B];
-            for (int b = 0; b < B; b++) {
-                const float* row = images[b].tables + (word * PER_WORD + j) * K;
-                table[b] = _mm512_loadu_ps(row);
-                upper[b] = K == 32 ? _mm512_loadu_ps(row + 16) : table[b];
+        for (int j = 0; j < PER_WORD / 2; j++) {
+            Floats table[2][B], upper[2][B];
+            for (int i = 0; i < 2 * B; i++) {
+                const float* row = images[i / 2].tables + (word * PER_WORD + j + i % 2 * PER_WORD / 2) * K;
+                table[i % 2][i / 2] = _mm512_loadu_ps(row);
+                upper[i % 2][i / 2] = K == 32 ? _mm512_loadu_ps(row + 16) : table[i % 2][i / 2];
             }
             FX_UNROLL
             for (int r = 0; r < R; r++) {
-                const Ints index = _mm512_srli_epi32(_mm512_loadu_si512(at + r * 64), j * BITS);
-                for (int b = 0; b < B; b++) {
-                    const Floats found = K == 16 ? _mm512_permutexvar_ps(index, table[b])
-                                                 : _mm512_permutex2var_ps(table[b], index, upper[b]);
-                    sum[r][b] = _mm512_add_ps(sum[r][b], found);
-                    FX_NOW(sum[r][b]);
+                const Ints lanes = _mm512_loadu_si512(at + r * 64);
+                FX_UNROLL
+                for (int half = 0; half < 2; half++) {
+                    const Ints index = field(lanes, (j + half * PER_WORD / 2) * BITS, BITS);
+                    for (int b = 0; b < B; b++) {
+                        const Floats found = K == 16 ? _mm512_permutexvar_ps(index, table[half][b])
+                                                     : _mm512_permutex2var_ps(table[half][b], index, upper[half][b]);
+                        sum[r][b] = _mm512_add_ps(sum[r][b], found);
+                        FX_NOW(sum[r][b]);
+                    }
                 }
             }
         }
