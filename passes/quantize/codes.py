@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
 
 from .kmeans import kmeans
 from .plan import Layout
+from .rate import constrained, total_bits
 
 
 @dataclass
@@ -18,10 +20,12 @@ class Codes:
     Attributes:
         codebook: codewords (M, K, d).
         labels: of every group, tap and output: uint8 (M, groups, taps, outputs).
+        multiplier: λ, the squared error of the weight that is taken for one bit of an index less.
     """
 
     codebook: Tensor
     labels: Tensor
+    multiplier: float = 0.0
 
     def columns(self, index: int) -> Tensor:
         """The decoded weight of one sub-space, (groups, taps * d, outputs)."""
@@ -35,6 +39,12 @@ class Codes:
     def indices(self) -> Tensor:
         """Indices as layers hold them, uint8 (taps, M, groups * outputs)."""
         return self.labels.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of all indices with an ideal code for each sub-space."""
+        words = self.codebook.shape[1]
+        return sum(float(total_bits(torch.bincount(part.flatten(), minlength=words))) for part in self.labels.long())
 
 
 def gather(words: Tensor, labels: Tensor) -> Tensor:
@@ -51,17 +61,29 @@ def in_order(layout: Layout, weight: Tensor) -> Tensor:
     return (columns * (order >= 0)[:, None]).contiguous()
 
 
-def first_codes(layout: Layout, weight: Tensor, generator: torch.Generator, iterations: int) -> Codes:
+def first_codes(
+    layout: Layout, weight: Tensor, generator: torch.Generator, iterations: int, rate_weight: float = 0.0
+) -> Codes:
     """Plain product quantization: k-means of each sub-space's vectors over all taps, outputs and groups.
+
+    With a weight r on the rate, it goes on from there to a smaller E + λ · bits: E is the squared error, `bits` are
+    those of all n indices, and λ = r · 2 ln(2) / d · E₀ / n with E₀ the error of k-means. At high rates one bit more
+    divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means. One λ for all
+    sub-spaces spends the bits where they save most.
 
     Args:
         layout: of the layer.
         weight: columns (groups, M * taps * d, outputs), in its order.
         generator: draws where k-means begins.
-        iterations: of k-means, at most.
+        iterations: of k-means, at most; the same number with the rate.
+        rate_weight: r.
     """
     groups, outputs = layout.groups, layout.outputs
     by_space = weight.view(groups, layout.count, layout.taps, layout.width, outputs)
     points = by_space.permute(1, 0, 2, 4, 3).reshape(layout.count, -1, layout.width)
     found = kmeans(points, layout.words, generator=generator, iterations=iterations)
-    return Codes(found.codebook, found.labels.view(layout.count, groups, layout.taps, outputs))
+    slope = 2 * log(2) / layout.width
+    multiplier = rate_weight * slope * float(found.distortion.sum()) / max(1, found.labels.numel())
+    if multiplier > 0:
+        found = constrained(points, found, multiplier, iterations=iterations)
+    return Codes(found.codebook, found.labels.view(layout.count, groups, layout.taps, outputs), multiplier)

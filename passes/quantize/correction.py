@@ -7,6 +7,8 @@ share, are found together, and a step that would raise the error is not made.
 
 from __future__ import annotations
 
+import torch
+
 from .codes import Codes
 from .problem import Problem
 from .subspace import Subspace
@@ -16,11 +18,14 @@ ROWS = 256
 
 
 class Correction:
-    """Block coordinate descent on ‖Y − X Ŵ‖² + λ ‖W − Ŵ‖² over the sub-spaces of one layer.
+    """Block coordinate descent on ‖Y − X Ŵ‖² + λ ‖W − Ŵ‖² + μ bits over the sub-spaces of one layer.
 
     The residual Q = Xᵀ(Y − X Ŵ) + λ (W − Ŵ) = G Δ + S says how the error falls with each weight. It is made for the
     features of a few sub-spaces by one matrix product, and kept up to date while these are treated one by one: a sweep
     over a layer costs inputs² × outputs multiply-accumulates, all of it in large products.
+
+    μ is 0 unless the codes have a price on their rate, and then the same price in units of the response: errors of the
+    weight that know nothing of each other give the response, per squared error, the mean of G's diagonal.
 
     Args:
         problem: what to minimise.
@@ -31,11 +36,14 @@ class Correction:
     def __init__(self, problem: Problem, codes: Codes, *, rounds: int = 1) -> None:
         self.problem, self.codes, self.rounds = problem, codes, rounds
         self.gap = problem.weight - codes.decoded()
-        self.errors = [problem.error(self.gap)]
-        """The error to begin with and behind each sweep; never rises."""
+        self.multiplier = codes.multiplier * float(problem.gram.diagonal(dim1=1, dim2=2).mean(dtype=torch.float64))
+        self.first = problem.error(self.gap)
+        """The error to begin with, without the rate."""
+        self.errors = [self.first + (self.multiplier * codes.code_bits if self.multiplier else 0.0)]
+        """What is minimised, to begin with and behind each sweep; never rises."""
 
     def sweep(self) -> float:
-        """Treat every sub-space once; return the error behind it."""
+        """Treat every sub-space once; return what is minimised, behind it."""
         error, height = self.errors[-1], self._height
         per_block = max(1, ROWS // height)
         for first in range(0, len(self.codes.codebook), per_block):
@@ -50,7 +58,7 @@ class Correction:
         return self.codes.labels.shape[2] * self.codes.codebook.shape[2]
 
     def _block(self, first: int, last: int) -> float:
-        """Treat some sub-spaces in a row; return by how much the error fell."""
+        """Treat some sub-spaces in a row; return by how much less is left of what is minimised."""
         height, gained = self._height, 0.0
         rows = slice(first * height, last * height)
         gram = self.problem.gram[:, rows]
@@ -61,7 +69,11 @@ class Correction:
             own = slice(index * height, (index + 1) * height)
             here = slice(own.start - rows.start, own.stop - rows.start)
             space = Subspace(
-                gram[:, here, own], residual[:, here], self.codes.codebook[index], self.codes.labels[index]
+                gram[:, here, own],
+                residual[:, here],
+                self.codes.codebook[index],
+                self.codes.labels[index],
+                self.multiplier,
             )
             change, gain = space.improved(self.rounds)
             if gain <= 0:

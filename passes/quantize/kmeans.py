@@ -74,6 +74,23 @@ def nearest(scores: Tensor) -> tuple[Tensor, Tensor]:
     return least.squeeze(-2), (words - 1 - first).to(torch.uint8)
 
 
+def assign(columns: Tensor, squares: Tensor, words: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Nearest codeword (M, n) of (M, d, K), and what it costs (M, n): the squared distance from it, and its price.
+
+    Args:
+        columns: vectors (M, d, n).
+        squares: their squared lengths (M, n).
+        words: codewords.
+        prices: of each codeword (M, K), none below zero; None: of distance alone.
+    """
+    lengths = words.square().sum(1)
+    if prices is not None:
+        lengths += prices
+    scores = torch.baddbmm(lengths.unsqueeze(2), words.mT, columns, alpha=-2)  # |x - c|² without |x|²
+    least, labels = nearest(scores)
+    return labels, (least + squares).clamp_(min=0)
+
+
 def totals(values: Tensor, labels: Tensor, codewords: int) -> tuple[Tensor, Tensor]:
     """Sum (M, d, K) and number (M, 1, K) of the vectors (M, d, n) that bear each label (M, n)."""
     where = labels.long().unsqueeze(1)
@@ -94,7 +111,7 @@ def _solve(
         words = _lloyd(columns[:, :, ::SHARE].contiguous(), words, iterations, tolerance)
         iterations = -(-iterations // SHARE)
     words = _lloyd(columns, words, iterations, tolerance)
-    labels, gaps = _assign(columns, columns.square().sum(1), words)
+    labels, gaps = assign(columns, columns.square().sum(1), words)
     return words.transpose(1, 2).contiguous(), labels, gaps.sum(1, dtype=torch.float64)
 
 
@@ -102,7 +119,7 @@ def _lloyd(columns: Tensor, words: Tensor, iterations: int, tolerance: float) ->
     """Codewords (M, d, K) after so many iterations on vectors (M, d, n), or fewer if little changes."""
     squares, last = columns.square().sum(1), float("inf")
     for _ in range(iterations):
-        labels, gaps = _assign(columns, squares, words)
+        labels, gaps = assign(columns, squares, words)
         distortion = float(gaps.sum(dtype=torch.float64))
         if distortion >= last * (1 - tolerance):
             break
@@ -119,14 +136,6 @@ def _first(columns: Tensor, codewords: int, generator: torch.Generator) -> Tenso
     order = torch.rand(count, vectors, generator=generator).argsort(1)
     chosen = order[:, torch.arange(codewords) % vectors].to(columns.device)
     return columns.gather(2, chosen.unsqueeze(1).expand(-1, width, -1))
-
-
-def _assign(columns: Tensor, squares: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codeword (M, n), and the squared distance from it (M, n)."""
-    lengths = words.square().sum(1).unsqueeze(2)
-    scores = torch.baddbmm(lengths, words.mT, columns, alpha=-2)  # |x - c|² without |x|²
-    least, labels = nearest(scores)
-    return labels, (least + squares).clamp_(min=0)
 
 
 def _refill(words: Tensor, counts: Tensor, columns: Tensor, gaps: Tensor) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +23,11 @@ from .outcome import Outcome
 from .plan import Dense, Job
 from .problem import Problem, make_problem
 from .progress import Bar
+from .recipe import Recipe
 from .walk import Walk
-
-Kind = Literal["none", "layer", "accumulated"]
 
 MEMORY = 2**30
 """Bytes of Gram matrices that exist at a time, and of images between layers; one layer may need more."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How codewords and indices are learned.
-
-    Attributes:
-        correction: `none`, `layer` or `accumulated`.
-        sweeps: of error correction.
-        ridge: λ as a share of the mean square of the inputs, or None.
-        images: of calibration.
-        positions: of a convolution's output, per image.
-        refit: whether the bias is fitted anew.
-        entropy: whether a file holds the indices entropy coded.
-        iterations: of k-means.
-        seed: of k-means.
-    """
-
-    correction: Kind
-    sweeps: int
-    ridge: float | None
-    images: int
-    positions: int
-    refit: bool
-    entropy: bool
-    iterations: int
-    seed: int
 
 
 class Learner:
@@ -123,11 +93,11 @@ class Learner:
         return result
 
     def _first(self, job: Job) -> Codes:
-        """Plain k-means; its seed depends on the layer's name alone, so that others may be skipped."""
+        """k-means; its seed depends on the layer's name alone, so that others may be skipped."""
         self.bar.say(f"{job.path}: k-means")
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.recipe.seed}/{job.path}".encode()))
         weight = in_order(job.layout, weight_rows(job.layer).detach().to(_precision(job)))
-        return first_codes(job.layout, weight, generator, self.recipe.iterations)
+        return first_codes(job.layout, weight, generator, self.recipe.iterations, self.recipe.rate_weight)
 
     def _learn(self, job: Job, moments: SecondMoments) -> None:
         groups, count = job.layout.groups, moments.count
@@ -137,7 +107,7 @@ class Learner:
         problem = make_problem(job.layout, moments, weight, bias, ridge=self.recipe.ridge, centred=self.recipe.refit)
         codes = self._first(job)
         correction = Correction(problem, codes)
-        first = problem.response_error(correction.gap, correction.errors[0])
+        first = problem.response_error(correction.gap, correction.first)
         for sweep in range(self.recipe.sweeps):
             self.bar.say(f"{job.path}: sweep {sweep + 1} of {self.recipe.sweeps}")
             correction.sweep()
@@ -173,13 +143,14 @@ def _outcome(
     old, new = job.layer.weight.detach().double(), layer.weight.detach().double()
     sizes = (job.layout.width, job.layout.words, job.setting.codebook, job.dense_bytes, job.bytes)
     distance = float((old - new).norm() / old.norm().clamp(min=1e-300))
+    coded = codes.code_bits / max(1, codes.labels.numel())
     if corrected is None:
-        return Outcome(job.path, *sizes, distance, place=place)
+        return Outcome(job.path, *sizes, distance, coded, place=place)
     problem, correction, before = corrected
     gap = problem.weight - codes.decoded()
     after = problem.response_error(gap, problem.error(gap))
     errors = [problem.relative(error) for error in correction.errors]
-    return Outcome(job.path, *sizes, distance, before, after, errors, place)
+    return Outcome(job.path, *sizes, distance, coded, before, after, errors, place)
 
 
 def _precision(job: Job) -> torch.dtype:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...runtime.layers.pq_codebook import bits
 from .plan import Job
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Outcome:
         dense_bytes: of its weight before.
         bytes: of codebook and packed indices.
         weight_error: ‖W − Ŵ‖ / ‖W‖ of the weight as it is stored.
-        before: relative error ‖Y − X Ŵ‖ / ‖Y‖ of plain k-means on the calibration data; None without data.
+        index_bits: mean bits of an index with an ideal code for each sub-space: the entropy of how often it uses its
+            codewords, at most log2(K).
+        before: relative error ‖Y − X Ŵ‖ / ‖Y‖ of k-means on the calibration data; None without data.
         after: the same behind error correction, with codewords as they are stored.
         errors: what error correction minimises, to begin with and behind each sweep, in the same unit: the error of
-            the response and λ ‖W − Ŵ‖².
+            the response, λ ‖W − Ŵ‖², and with a weight on the rate μ times the bits of all indices.
         place: where a new constant went: `bias`, `running mean`, `new bias`, or `unchanged`.
     """
 
@@ -35,13 +39,14 @@ class Outcome:
     dense_bytes: int
     bytes: int
     weight_error: float
+    index_bits: float
     before: float | None = None
     after: float | None = None
     errors: list[float] = field(default_factory=list)
     place: str = "unchanged"
 
 
-def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job], correction: str, images: int) -> list[str]:
+def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job], recipe: Recipe, images: int) -> list[str]:
     """Sentences for the report."""
     if not outcomes:
         return ["no layer was quantised"]
@@ -52,15 +57,25 @@ def describe(outcomes: Sequence[Outcome], jobs: Sequence[Job], correction: str, 
         f"{len(jobs)} layers as codebooks and indices{how}: {dense:,} → {small:,} bytes of weights, "
         f"{dense / small:.1f} times smaller"
     ]
+    if recipe.entropy:
+        notes.append(_rate(outcomes, jobs, recipe.rate_weight))
     pairs = [(o.before, o.after) for o in outcomes if o.before is not None and o.after is not None]
     if pairs:
         first, last = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-        inputs = "the quantised layers before" if correction == "accumulated" else "the original network"
+        inputs = "the quantised layers before" if recipe.correction == "accumulated" else "the original network"
         notes.append(
             f"error correction on {images:,} images, inputs from {inputs}: mean relative error of the responses "
             f"{first:.3f} → {last:.3f}"
         )
     return notes
+
+
+def _rate(outcomes: Sequence[Outcome], jobs: Sequence[Job], rate_weight: float) -> str:
+    counts = [job.layout.indices for job in jobs]
+    coded = sum(count * o.index_bits for count, o in zip(counts, outcomes, strict=True)) / sum(counts)
+    packed = sum(count * bits(o.codewords) for count, o in zip(counts, outcomes, strict=True)) / sum(counts)
+    priced = f", with weight {rate_weight:g} on their share of what is minimised" if rate_weight else ""
+    return f"indices have {coded:.2f} bits of entropy, {packed:.2f} bits packed{priced}"
 
 
 def numbers(outcomes: Sequence[Outcome]) -> dict[str, Any]:

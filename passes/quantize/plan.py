@@ -52,6 +52,11 @@ class Layout:
         """Features of one sub-space: taps times width."""
         return self.taps * self.width
 
+    @property
+    def indices(self) -> int:
+        """Number of indices: one per tap, sub-space and output."""
+        return self.taps * self.count * self.groups * self.outputs
+
     @cached_property
     def order(self) -> Tensor:
         """Where features come from, (M * taps * d,), as an index into inputs * taps; -1 fills up the last sub-space."""
@@ -63,7 +68,7 @@ class Layout:
         """Size of the quantised weight: codewords (with a scale per sub-space if they are int8) and packed indices."""
         each = {"fp32": 4, "fp16": 2, "int8": 1}[precision]
         codebook = self.count * (each * self.words * self.width + (4 if precision == "int8" else 0))
-        return codebook + -(-self.taps * self.count * self.groups * self.outputs * bits(self.words) // 8)
+        return codebook + -(-self.indices * bits(self.words) // 8)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ...ir.graph import Graph
 from ..analyse.sharing import processes
 from ..base import LOSSY, Context, Pass, PassResult, Semantics
+from ..options import InvalidOptionError
 from ..runner import check_finite
-from .learning import Learner, Recipe, install
+from .learning import Learner, install
 from .outcome import describe, numbers
 from .plan import candidates, make_jobs
 from .progress import layer_bar
+from .recipe import Recipe
 from .settings import LayerSetting, LinearSetting, Precision, Setting, Width, Words, with_exceptions
 
 
@@ -54,6 +56,9 @@ class ProductQuantize(Pass):
     """What a file keeps of the codewords; `int8` has a scale per sub-space."""
     entropy: bool = False
     """Files hold the indices entropy coded, where that is smaller."""
+    rate_weight: Annotated[float, Field(ge=0, le=4)] = 0.0
+    """With `entropy`: how much the bits of indices weigh in what is minimised, E + λ · bits. λ is this share of
+    2 ln(2) / d times the squared error of k-means, which is the slope of error over bits at high rates."""
     correction: Literal["none", "layer", "accumulated"] = "accumulated"
     """Error correction: not at all, on inputs from the original network, or on those from the quantised layers."""
     sweeps: Annotated[int, Field(ge=1)] = 3
@@ -69,6 +74,14 @@ class ProductQuantize(Pass):
     iterations: Annotated[int, Field(ge=1)] = 40
     """Iterations of k-means, at most."""
 
+    @model_validator(mode="after")
+    def _check_rate(self) -> ProductQuantize:
+        if self.rate_weight and not self.entropy:
+            raise InvalidOptionError(
+                f"option 'rate_weight' is {self.rate_weight:g}, which makes indices shorter with 'entropy: true' alone"
+            )
+        return self
+
     def needed(self) -> tuple[str, ...]:
         """Calibration data, unless the weights are all that is looked at."""
         return () if self.correction == "none" else ("calibration",)
@@ -81,12 +94,13 @@ class ProductQuantize(Pass):
         loader = context.data.need("calibration", who=self.title()) if self.needed() else None
         after = graph.copy()
         console = context.console if processes().is_main_process else None
+        recipe = self._recipe(context.seed)
         with layer_bar(console, self.name, len(jobs)) as bar:
-            learner = Learner(graph, after, jobs, self._recipe(context.seed), bar)
+            learner = Learner(graph, after, jobs, recipe, bar)
             learner.run(loader)
         install(after, learner.made, self.name)
         graph.adopt(after)
-        notes = describe(learner.outcomes, jobs, self.correction, learner.images)
+        notes = describe(learner.outcomes, jobs, recipe, learner.images)
         return PassResult(notes, skips, metrics=numbers(learner.outcomes))
 
     def _defaults(self, graph: Graph) -> dict[str, Setting]:
@@ -108,6 +122,7 @@ class ProductQuantize(Pass):
             self.positions,
             self.bias == "refit",
             self.entropy,
+            self.rate_weight,
             self.iterations,
             seed,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from .codes import gather
 from .kmeans import nearest
 from .problem import inner
+from .rate import code_lengths, total_bits
 
 STEPS = 12
 """Steps of conjugate gradients at most."""
@@ -31,31 +32,41 @@ class Subspace:
     *Labels.* Tap by tap, each output takes the codeword with the least D_kᵀ A D_k − 2 D_kᵀ (Q_o + A D_old), A of that
     tap alone.
 
+    *Rate.* With a price λ on each bit, a label costs λ bits(D_k) more, of an ideal code for how often the sub-space's
+    labels name each codeword, and what falls is the error plus λ times the bits of all labels. A codeword that no label
+    names then stays so.
+
     Args:
         gram: A, (groups, taps * d, taps * d).
         residual: Q, (groups, taps * d, outputs).
         words: codewords (K, d).
         labels: uint8 (groups, taps, outputs).
+        multiplier: λ, error per bit.
     """
 
-    def __init__(self, gram: Tensor, residual: Tensor, words: Tensor, labels: Tensor) -> None:
+    def __init__(self, gram: Tensor, residual: Tensor, words: Tensor, labels: Tensor, multiplier: float = 0.0) -> None:
         self.gram, self.start = gram.contiguous(), residual
         self.residual, self.words, self.labels = residual.clone(), words.clone(), labels.clone()
-        self.taps, self.width = labels.shape[1], words.shape[1]
+        self.taps, self.width, self.multiplier = labels.shape[1], words.shape[1], multiplier
         blocks = [self._tap(tap) for tap in range(self.taps)]
         self.average = torch.stack([self.gram[:, own, own].mean(0) for own in blocks]).mean(0)
         self.inverse = _inverse(self.average)
 
     def improved(self, rounds: int) -> tuple[Tensor, float]:
         """Update codewords and labels in turn; the change of the weights (groups, taps * d, outputs), and the gain."""
-        before = gather(self.words, self.labels)
+        before, rate = gather(self.words, self.labels), self._rate()
         for _ in range(rounds):
             self._update_words()
-            self._refill()
+            if not self.multiplier:
+                self._refill()
             self._update_labels()
         change = gather(self.words, self.labels) - before
         # the residual fell by A δ: δᵀ A δ − 2 δᵀ Q_before = −δᵀ (Q_before + Q_behind)
-        return change, inner(change, self.start + self.residual)
+        return change, inner(change, self.start + self.residual) + rate - self._rate()
+
+    def _rate(self) -> float:
+        """What the bits of all labels cost."""
+        return self.multiplier * float(total_bits(self._counts())) if self.multiplier else 0.0
 
     def _tap(self, tap: int) -> slice:
         return slice(tap * self.width, (tap + 1) * self.width)
@@ -133,12 +144,15 @@ class Subspace:
     # -- labels ---------------------------------------------------------------------------------------------
 
     def _update_labels(self) -> None:
+        prices = self.multiplier * code_lengths(self._counts())[:, None] if self.multiplier else None
         for tap in range(self.taps):
             own = self._tap(tap)
             gram = self.gram[:, own, own]
             old = gather(self.words, self.labels[:, tap : tap + 1])
             wanted = torch.baddbmm(self.residual[:, own], gram, old)
             lengths = ((self.words @ gram) * self.words).sum(2, keepdim=True)  # (groups, K, 1)
+            if prices is not None:
+                lengths += prices
             scores = torch.baddbmm(lengths, self.words.expand(len(gram), -1, -1), wanted, alpha=-2)
             self.labels[:, tap] = nearest(scores)[1]
             change = gather(self.words, self.labels[:, tap : tap + 1]) - old

@@ -68,7 +68,7 @@ def test_a_layer_is_measured_warm_and_cold(peers, tmp_path):
 
 
 class Tiny(pq_networks.Network):
-    def build(self, seed):
+    def build(self, seed, *, laplace=False):
         torch.manual_seed(seed)
         parts = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 32), nn.ReLU(), nn.Linear(32, 10))
         return nn.Sequential(*parts).eval(), torch.randn(1, 3, 8, 8)
@@ -76,7 +76,7 @@ class Tiny(pq_networks.Network):
 
 def test_a_network_is_measured(peers, tmp_path, monkeypatch):
     small = {"codewords": 16, "linear": {"subspace": 4, "codewords": 16}}
-    for name in ("PUBLISHED", "HEAVY", "FAST"):
+    for name in ("PUBLISHED", "RATED", "HEAVY", "HEAVY_RATED", "FAST"):
         recipe = getattr(pq_networks, name)
         changed = replace(recipe, options={**recipe.options, **small})
         monkeypatch.setattr(pq_networks, name, changed)
@@ -90,6 +90,11 @@ def test_a_network_is_measured(peers, tmp_path, monkeypatch):
     }
     assert sizes[0].peer == pytest.approx((3 * 9 * 16 + 16 + 576 * 32 + 32 + 320 + 10) * 4 / 1e6)
     assert 0 < sizes[0].value < sizes[0].peer
+    rated = [row for row in sizes if "rate weight 1" in row.case]
+    assert all("entropy coded" in row.metric for row in rated[:-1])
+    errors = [row.value for row in sizes if row.metric == "weight error"]
+    assert len(errors) == 5
+    assert all(0 < error < 1 for error in errors)
 
     rows = pq_networks.measure_network(network, Load(1, 1), tmp_path, 0, 2, nothing)
     names = {row.metric.partition(" | ")[0] for row in rows if row.case.endswith("warm")}

@@ -26,7 +26,7 @@ from .loads import LOADS
 from .parts import Job, choose, parsed, parser, run_jobs, settings, work_folder
 from .pq_cases import cases
 from .pq_layers import measure_layer
-from .pq_networks import NETWORKS, STORAGES, measure_memory, measure_network, measure_nodes, measure_size
+from .pq_networks import NETWORKS, measure_memory, measure_network, measure_nodes, measure_size, sized
 from .timed_rows import print_tables
 
 
@@ -55,7 +55,8 @@ def jobs(folder: Path, rounds: int, seed: int, *, quick: bool) -> Iterator[Job]:
         for load in loads:
             yield Job(f"{case.name}, {load}", partial(measure_layer, case, load, folder, rounds), turns)
     for network in NETWORKS[:1] if quick else NETWORKS:
-        yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), 3 * len(STORAGES))
+        files = sum(len(recipe.storages) for recipe in sized())
+        yield Job(f"{network.name}, file", partial(measure_size, network, folder, seed), files)
         for load in loads:
             if load.batch == 1:
                 run = partial(measure_network, network, load, folder, seed, rounds)

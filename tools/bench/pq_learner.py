@@ -31,8 +31,8 @@ from ...ir.trace import trace
 from ...passes.base import Context
 from ...passes.progress import make_console
 from ...passes.quantize.kmeans import kmeans
-from ...passes.quantize.learning import Kind
 from ...passes.quantize.product_quantize import ProductQuantize
+from ...passes.quantize.recipe import Kind
 from ...passes.runner import run_pass
 from ...runtime.data import Data
 from .common import Row, header, screen, show, write_rows

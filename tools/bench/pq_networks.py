@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,34 @@ SIZE = 224
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is quantised and emitted.
+    """How a network is quantised, stored and emitted.
 
     Args:
         name: as the table shows it.
         options: of `product-quantize`.
         tables: numbers in the tables of what is timed, one row each.
         laplace: whether weights have the Laplace distribution and not the normal one.
+        rate_weight: of the indices' bits; with one, files are entropy coded.
     """
 
     name: str
     options: dict[str, Any]
     tables: tuple[Tables, ...] = ("fp32", "int8")
     laplace: bool = False
+    rate_weight: float = 0.0
 
+    @property
+    def storages(self) -> tuple[tuple[Precision, bool], ...]:
+        """What files keep of the codewords, and whether indices are entropy coded: all in which it may be stored."""
+        return tuple((p, entropy) for p in PRECISIONS for entropy in (False, True) if entropy or not self.rate_weight)
+
+    def passes(self) -> list[dict[str, dict[str, Any]]]:
+        """The pipeline that quantises."""
+        rated = {"entropy": True, "rate_weight": self.rate_weight} if self.rate_weight else {}
+        return [{"product-quantize": {**self.options, **rated}}]
+
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 PLAIN = {"correction": "none", "iterations": 3}
 """k-means alone: neither time nor size depend on how good the codewords are."""
@@ -58,6 +73,10 @@ FAST = Recipe("fast", {**PLAIN, "codewords": 64, "linear": {"subspace": 4, "code
 
 HEAVY = Recipe("published, Laplace weights", PLAIN, laplace=True)
 """Heavy tails, as trained weights have them: codes are used less evenly, which entropy coding makes use of."""
+
+RATED = Recipe("published, rate weight 1", PLAIN, rate_weight=1.0)
+HEAVY_RATED = Recipe("published, Laplace weights, rate weight 0.5", PLAIN, laplace=True, rate_weight=0.5)
+"""With their bits in what k-means minimises, as far as the weights' error stays about what it was without."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +95,8 @@ class Network:
     entropy_mb: float | None = None
     faster: dict[str, float] = field(default_factory=dict)
 
-    def build(self, seed: int) -> tuple[nn.Module, Tensor]:
-        """The network with random weights of the normal distribution, and an image."""
+    def build(self, seed: int, *, laplace: bool = False) -> tuple[nn.Module, Tensor]:
+        """The network with random weights of the normal or of the Laplace distribution, and an image."""
         torch.manual_seed(seed)
         with torch.device("meta"):
             model: nn.Module = getattr(torchvision.models, self.name)(weights=None)
@@ -87,21 +106,20 @@ class Network:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-        return model, torch.randn(1, 3, SIZE, SIZE)
+        image = torch.randn(1, 3, SIZE, SIZE)
+        if laplace:
+            to_laplace(model)
+        return model, image
 
 
 NETWORKS = (Network("alexnet", 13.0, 11.0, {INT8: 2.0, TORCH: 10.0}), Network("vgg16", 28.0))
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-STORAGES = tuple((precision, entropy) for precision in PRECISIONS for entropy in (False, True))
 
 
 def quantise(network: Network, recipe: Recipe, seed: int, file: Path) -> Path:
     """The quantised network as an .fxp file, emitted for nothing yet; made once."""
     if not file.exists():
-        model, image = network.build(seed)
-        if recipe.laplace:
-            to_laplace(model)
-        artifact.save(file, compile_network(model, [{"product-quantize": recipe.options}], image, verify=False).graph)
+        model, image = network.build(seed, laplace=recipe.laplace)
+        artifact.save(file, compile_network(model, recipe.passes(), image, verify=False).graph)
         gc.collect()
     return file
 
@@ -117,13 +135,13 @@ def to_laplace(model: nn.Module) -> None:
 
 
 def measure_size(network: Network, folder: Path, seed: int, advance: Advance) -> list[Row]:
-    """Bytes of the files of all recipes in every storage, and of the dense network."""
-    model = network.build(seed)[0]
-    dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    """Bytes of the files of all recipes in every storage, and of the dense network; how far weights are from it."""
     rows = []
-    for recipe in (PUBLISHED, HEAVY, FAST):
+    for recipe in sized():
+        model = network.build(seed, laplace=recipe.laplace)[0]
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         graph = artifact.load(quantise(network, recipe, seed, place(folder, network, recipe))).graph
-        for precision, entropy in STORAGES:
+        for precision, entropy in recipe.storages:
             for layer in quantised_layers(graph):
                 layer.precision, layer.entropy = precision, entropy
             size = artifact.save(folder / "size.fxp", graph) / MB
@@ -136,7 +154,24 @@ def measure_size(network: Network, folder: Path, seed: int, advance: Advance) ->
             )
             rows.append(Row(case, f"{stored}: times smaller", dense / MB / size, "times"))
             advance()
+        rows.append(Row(f"{network.name}, file, {recipe.name}", "weight error", weight_error(model, graph), "relative"))
     return rows
+
+
+def sized() -> tuple[Recipe, ...]:
+    """The recipes whose files are measured."""
+    return (PUBLISHED, RATED, HEAVY, HEAVY_RATED, FAST)
+
+
+def weight_error(model: nn.Module, graph: Graph) -> float:
+    """Relative error ‖W − Ŵ‖ / ‖W‖ of all quantised layers together, codewords as they are stored."""
+    error, size = 0.0, 0.0
+    for name, layer in graph.module.named_modules():
+        if isinstance(layer, PQLayer):
+            weight: Any = model.get_submodule(name).weight
+            error += float((weight - layer.decoded()).detach().norm()) ** 2
+            size += float(weight.detach().norm()) ** 2
+    return sqrt(error / size)
 
 
 def quantised_layers(graph: Graph) -> list[PQLayer]:

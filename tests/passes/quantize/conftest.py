@@ -47,6 +47,14 @@ class Reference:
         response = np.einsum("gnti,gtio->gno", self.x, now)
         return ((self.y - response) ** 2).sum() + self.ridge * ((self.weight - now) ** 2).sum()
 
+    def bits(self):
+        """Bits of all indices with an ideal code for each sub-space."""
+        total = 0.0
+        for labels in self.labels:
+            counts = np.unique(labels, return_counts=True)[1]
+            total -= (counts * np.log2(counts / counts.sum())).sum()
+        return total
+
     def best_words(self, space):
         """All codewords of a sub-space by least squares on stacked equations, everything else fixed."""
         groups, taps, inputs, outputs = self.weight.shape
@@ -81,7 +89,9 @@ class Reference:
         return np.array(errors)
 
 
-def setting_up(make, *, noise=0.0, centred=False, ridge=1e-3, width=2, words=4, dtype=torch.float64, seed=0, images=12):
+def setting_up(
+    make, *, noise=0.0, centred=False, ridge=1e-3, width=2, words=4, dtype=torch.float64, seed=0, images=12, rate=0.0
+):
     """A layer, its problem and first codes, and the same for the reference."""
     torch.manual_seed(seed)
     layer = make().to(dtype)
@@ -101,7 +111,7 @@ def setting_up(make, *, noise=0.0, centred=False, ridge=1e-3, width=2, words=4, 
     bias = torch.zeros(layer.weight.shape[0], dtype=dtype) if layer.bias is None else layer.bias.detach()
     weight, bias = weight_rows(layer).detach(), bias.view(layout.groups, -1)
     problem = make_problem(layout, moments, weight, bias, ridge=ridge, centred=centred)
-    codes = first_codes(layout, problem.weight, torch.Generator().manual_seed(seed), 5)
+    codes = first_codes(layout, problem.weight, torch.Generator().manual_seed(seed), 5, rate)
     all_x, all_y = (torch.cat(part).transpose(0, 1).double() for part in zip(*pairs, strict=True))
     all_x, all_y = (v - v.mean(1, keepdim=True) if centred else v for v in (all_x, all_y))
     if not centred:

@@ -60,7 +60,7 @@ def test_codewords_are_the_least_squares_solution(make_case, name, noise, monkey
         assert not space.words[:, size:].any(), "what fills up the last sub-space stays zero"
 
 
-def subspace_of(case, index):
+def subspace_of(case, index, multiplier=0.0):
     """One sub-space with its residual made from scratch."""
     height = case.layout.rows
     own = slice(index * height, (index + 1) * height)
@@ -68,7 +68,7 @@ def subspace_of(case, index):
     if case.problem.drift is not None:
         residual += case.problem.drift[:, own]
     gram = case.problem.gram[:, own, own]
-    return Subspace(gram, residual, case.codes.codebook[index], case.codes.labels[index])
+    return Subspace(gram, residual, case.codes.codebook[index], case.codes.labels[index], multiplier)
 
 
 def test_a_linear_layer_takes_one_step_which_is_the_closed_form(make_case, monkeypatch):
@@ -84,15 +84,19 @@ def test_a_linear_layer_takes_one_step_which_is_the_closed_form(make_case, monke
         torch.testing.assert_close(space.words[word], torch.linalg.solve(gram, wanted))
 
 
+@pytest.mark.parametrize("multiplier", [0.0, 0.3])
 @pytest.mark.parametrize("name", LAYERS)
-def test_each_label_is_the_best_of_all(make_case, name):
+def test_each_label_is_the_best_of_all(make_case, name, multiplier):
     case = make_case(LAYERS[name], noise=0.3)
-    space, reference = subspace_of(case, 0), case.reference
+    space, reference = subspace_of(case, 0, multiplier), case.reference
+    counts = np.bincount(reference.labels[0].flatten(), minlength=4)
+    assert counts.all()
+    prices = -multiplier * np.log2(counts / counts.sum())
     space._update_labels()
     for tap in range(case.layout.taps):  # tap by tap: those before have their new labels by then
         for group in range(case.layout.groups):
             for out in range(case.layout.outputs):
-                errors = reference.errors_by_label(0, group, tap, out)
+                errors = reference.errors_by_label(0, group, tap, out) + prices
                 chosen = int(space.labels[group, tap, out])
                 assert errors[chosen] == pytest.approx(errors.min(), rel=1e-9)
         reference.labels[0, :, tap] = space.labels[:, tap].numpy()
@@ -111,19 +115,43 @@ def test_what_a_sweep_reports_is_what_the_activations_say(make_case, name, monke
     torch.testing.assert_close(correction.gap, case.problem.weight - case.codes.decoded())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_with_a_price_on_the_rate_a_sweep_reports_error_and_bits(make_case, name, monkeypatch):
+    monkeypatch.setattr(correction_module, "ROWS", 5)
+    case = make_case(LAYERS[name], noise=0.2, centred=True, rate=0.5)
+    correction = Correction(case.problem, case.codes)
+    assert correction.multiplier > 0
+    spent = [correction.errors[0], *(correction.sweep() for _ in range(4))]
+    assert spent == correction.errors == sorted(correction.errors, reverse=True)
+    case.reference.codebook, case.reference.labels = case.codes.codebook.numpy(), case.codes.labels.numpy()
+    assert case.codes.code_bits == pytest.approx(case.reference.bits())
+    assert spent[-1] == pytest.approx(case.reference.error() + correction.multiplier * case.reference.bits(), rel=1e-8)
+    assert spent[-1] < spent[0]
+
+
+def test_the_price_of_a_bit_is_that_of_the_weights_in_units_of_the_response(make_case):
+    case = make_case(LAYERS["linear"], rate=0.5)
+    mean_square = (case.reference.x**2).sum((0, 1, 2)).mean() + case.problem.ridge
+    correction = Correction(case.problem, case.codes)
+    assert correction.multiplier == pytest.approx(case.codes.multiplier * mean_square)
+    assert correction.first == pytest.approx(case.reference.error())
+
+
 @settings(max_examples=15)
 @given(
     st.sampled_from(sorted(LAYERS)), st.sampled_from([0.0, 0.5]), st.booleans(), st.integers(1, 3),
     st.sampled_from([2, 4, 16]), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 50),
+    st.sampled_from([0.0, 0.1, 1.0]),
 )  # fmt: skip
-def test_no_sweep_raises_the_error(make_case, name, noise, centred, width, words, dtype, seed):
-    case = make_case(LAYERS[name], noise=noise, centred=centred, width=width, words=words, dtype=dtype, seed=seed)
+def test_no_sweep_raises_what_is_minimised(make_case, name, noise, centred, width, words, dtype, seed, rate):
+    sizes = {"width": width, "words": words, "dtype": dtype, "rate": rate}
+    case = make_case(LAYERS[name], noise=noise, centred=centred, seed=seed, **sizes)
     correction = Correction(case.problem, case.codes)
-    true = [case.reference.error()]
+    true = [case.reference.error() + correction.multiplier * case.reference.bits()]
     for _ in range(3):
         correction.sweep()
         case.reference.codebook, case.reference.labels = case.codes.codebook.numpy(), case.codes.labels.numpy()
-        true.append(case.reference.error())
+        true.append(case.reference.error() + correction.multiplier * case.reference.bits())
     assert correction.errors == sorted(correction.errors, reverse=True)
     slack = (1e-12 if dtype == torch.float64 else 1e-6) * case.problem.energy
     assert all(after <= before + slack for before, after in pairwise(true))

@@ -211,6 +211,48 @@ def test_progress_is_shown(net, batches):
     assert "sweep 2 of 2" in console.file.getvalue()
 
 
+# -- with a weight on the rate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", ["none", "layer", "accumulated"])
+def test_a_weight_on_the_rate_makes_indices_shorter(net, batches, correction):
+    """With and without error correction, which reports what it minimises: the rate is part of it."""
+    bits, errors = [], []
+    for weight in (0.0, 1.0, 2.5):
+        _, result = quantized(net, batches, correction=correction, entropy=True, rate_weight=weight)
+        rows = result.metrics["layers"]
+        assert all(row["errors"] == sorted(row["errors"], reverse=True) for row in rows)
+        assert "bits of entropy, 3.00 bits packed" in result.notes[1]
+        assert ("with weight" in result.notes[1]) == (weight > 0)
+        bits.append([row["index_bits"] for row in rows])
+        errors.append(sum(row["weight_error" if correction == "none" else "after"] for row in rows))
+    assert max(bits[0]) <= 3
+    assert sum(bits[0]) > sum(bits[1]) > 1.2 * sum(bits[2])
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_without_a_weight_on_the_rate_all_is_as_without_entropy_coding(net, batches):
+    plain, result = quantized(net, batches)
+    coded, _ = quantized(net, batches, entropy=True, rate_weight=0.0)
+    state = coded.module.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.module.state_dict().items())
+    assert not any("entropy" in note for note in result.notes)
+    assert all(0 < row["index_bits"] <= 3 for row in result.metrics["layers"])
+
+
+def test_a_file_with_shorter_indices_is_smaller_and_loads_to_the_same(net, batches, tmp_path):
+    sizes = []
+    for weight in (0.0, 2.0):
+        one = ProductQuantize(**{**OPTIONS, "linear": {"codewords": 32}}, entropy=True, rate_weight=weight)
+        compiled = compile_model(net, [one], batches[0][0][:1], data=Data(calibration=batches))
+        compiled.save(tmp_path / "net.fxp")
+        sizes.append((tmp_path / "net.fxp").stat().st_size)
+        again = fxpress.load(tmp_path / "net.fxp")
+        with torch.no_grad():
+            assert torch.equal(again(batches[0][0]), compiled(batches[0][0]))
+    assert sizes[1] < sizes[0]
+
+
 # -- which layers -----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +310,10 @@ def test_layers_that_would_not_shrink_or_cannot_be_quantised():
         ({"correction": "sometimes"}, "'none' or 'layer' or 'accumulated'"),
         ({"ridge": 0}, "'ridge': given 0"),
         ({"word": 4}, "has no option 'word'"),
+        ({"rate_weight": -1, "entropy": True}, "'rate_weight': given -1, allowed: number >= 0 and <= 4"),
+        ({"rate_weight": 5, "entropy": True}, "'rate_weight': given 5"),
+        ({"rate_weight": float("nan"), "entropy": True}, "'rate_weight': given nan"),
+        ({"rate_weight": 1}, "'rate_weight' is 1, which makes indices shorter with 'entropy: true' alone"),
     ],
 )
 def test_options_that_are_not_allowed(options, message):
