@@ -20,7 +20,7 @@ class Codes:
     Attributes:
         codebook: codewords (M, K, d).
         labels: of every group, tap and output: uint8 (M, groups, taps, outputs).
-        multiplier: λ, the squared error of the weight that is taken for one bit of an index less.
+        multiplier: μ, the squared error of the weight that is taken for one bit of an index less.
     """
 
     codebook: Tensor
@@ -66,9 +66,9 @@ def first_codes(
 ) -> Codes:
     """Plain product quantization: k-means of each sub-space's vectors over all taps, outputs and groups.
 
-    With a weight r on the rate, it goes on from there to a smaller E + λ · bits: E is the squared error, `bits` are
-    those of all n indices, and λ = r · 2 ln(2) / d · E₀ / n with E₀ the error of k-means. At high rates one bit more
-    divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means. One λ for all
+    With a weight r on the rate, it goes on from there to a smaller E + μ · bits: E is the squared error, `bits` are
+    those of all n indices, and μ = r · 2 ln(2) / d · E₀ / n with E₀ the error of k-means. At high rates one bit more
+    divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means. One μ for all
     sub-spaces spends the bits where they save most.
 
     Args:

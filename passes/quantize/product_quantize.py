@@ -57,8 +57,8 @@ class ProductQuantize(Pass):
     entropy: bool = False
     """Files hold the indices entropy coded, where that is smaller."""
     rate_weight: Annotated[float, Field(ge=0, le=4)] = 0.0
-    """With `entropy`: how much the bits of indices weigh in what is minimised, E + λ · bits. λ is this share of
-    2 ln(2) / d times the squared error of k-means, which is the slope of error over bits at high rates."""
+    """With `entropy`: price μ of a bit in what is minimised, E + μ · bits of all indices. 1 is the slope of error over
+    bits at high rates, 2 ln(2) / d times the mean squared error of k-means; above it the error rises fast."""
     correction: Literal["none", "layer", "accumulated"] = "accumulated"
     """Error correction: not at all, on inputs from the original network, or on those from the quantised layers."""
     sweeps: Annotated[int, Field(ge=1)] = 3

@@ -1,6 +1,6 @@
 """Entropy-constrained vector quantization: a codeword that few vectors name has a long code, which has its price.
 
-What is minimised is the Lagrangian of rate and distortion, Σ |w − c|² + λ Σ bits(c), with the length of an ideal code
+What is minimised is the Lagrangian of rate and distortion, Σ |w − c|² + μ Σ bits(c), with the length of an ideal code
 bits(c) = −log2(share of the vectors that name c). Vectors, codewords and lengths are chosen in turn, each the best for
 the other two: no step raises the Lagrangian.
 
@@ -38,7 +38,7 @@ def constrained(
     Args:
         points: vectors (M, n, d) of M sub-spaces.
         found: codewords and labels to begin with.
-        multiplier: λ, squared distance per bit; above 0.
+        multiplier: μ, squared distance per bit; above 0.
         iterations: at most so many.
         tolerance: a group of sub-spaces is done when its Lagrangian falls by less than this share.
     """

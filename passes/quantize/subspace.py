@@ -32,8 +32,8 @@ class Subspace:
     *Labels.* Tap by tap, each output takes the codeword with the least D_kᵀ A D_k − 2 D_kᵀ (Q_o + A D_old), A of that
     tap alone.
 
-    *Rate.* With a price λ on each bit, a label costs λ bits(D_k) more, of an ideal code for how often the sub-space's
-    labels name each codeword, and what falls is the error plus λ times the bits of all labels. A codeword that no label
+    *Rate.* With a price μ on each bit, a label costs μ bits(D_k) more, of an ideal code for how often the sub-space's
+    labels name each codeword, and what falls is the error plus μ times the bits of all labels. A codeword that no label
     names then stays so.
 
     Args:
@@ -41,7 +41,7 @@ class Subspace:
         residual: Q, (groups, taps * d, outputs).
         words: codewords (K, d).
         labels: uint8 (groups, taps, outputs).
-        multiplier: λ, error per bit.
+        multiplier: μ, error per bit.
     """
 
     def __init__(self, gram: Tensor, residual: Tensor, words: Tensor, labels: Tensor, multiplier: float = 0.0) -> None:
