@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,20 +11,9 @@ from torch import Tensor
 
 from ...ir.errors import KernelError
 from .bound import Output, is_channels_last, pointer
+from .window import Window
 
-Pair = Sequence[int]
 _LAYER = struct.Struct("6P16q6i")
-
-
-class Geometry(NamedTuple):
-    """Sizes of a convolution in the order in which the operators take them; a linear layer has one tap."""
-
-    outputs: int
-    kernel: Pair = (1, 1)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
 
 
 class Epilogue(NamedTuple):
@@ -48,7 +36,7 @@ class Call(NamedTuple):
     layout: Tensor
     thresholds: Tensor | None
     end: Epilogue | Tensor
-    geometry: Geometry
+    window: Window
     linear: bool
 
     @property
@@ -67,12 +55,10 @@ class Call(NamedTuple):
         return torch.uint8 if isinstance(self.end, Tensor) else torch.float32
 
     def out_shape(self) -> tuple[int, ...]:
-        """Shape of y, from arguments that `check` found right."""
-        of, shape = self.geometry, self.x.shape
+        """Shape of y."""
         if self.linear:
-            return (*shape[:-1], of.outputs)
-        reach = [shape[2 + i] + 2 * of.padding[i] - of.dilation[i] * (of.kernel[i] - 1) for i in range(2)]
-        return (shape[0], of.outputs, *((reach[i] - 1) // of.stride[i] + 1 for i in range(2)))
+            return (*self.x.shape[:-1], self.window.outputs)
+        return self.window.out_shape(self.x.shape)
 
     def reads_last(self) -> bool:
         """Whether x is taken channels-last: levels always are."""
@@ -90,14 +76,14 @@ def check(call: Call) -> None:
         KernelError: names the argument and what it must be.
     """
     _check_input(call)
-    _check_geometry(call)
-    outputs = call.geometry.outputs
+    call.window.check()
+    shape, outputs = call.out_shape(), call.window.outputs
     if isinstance(call.end, Tensor):
         _demand("cuts", call.end, torch.int32, (3, outputs))
         return
     for name in ("scale", "bias"):
         _demand(name, getattr(call.end, name), torch.float32, (outputs,))
-    _demand("residual", call.end.residual, torch.float32, call.out_shape())
+    _demand("residual", call.end.residual, torch.float32, shape)
 
 
 def _check_input(call: Call) -> None:
@@ -118,22 +104,6 @@ def _check_input(call: Call) -> None:
         )
 
 
-def _check_geometry(call: Call) -> None:
-    of = call.geometry
-    if of.outputs < 1:
-        raise KernelError(f"A layer of {of.outputs} outputs")
-    if min(*of.kernel, *of.stride, *of.dilation) < 1 or min(of.padding) < 0:
-        raise KernelError(
-            f"kernel {list(of.kernel)}, stride {list(of.stride)}, padding {list(of.padding)}, "
-            f"dilation {list(of.dilation)}: out of range"
-        )
-    if of.groups < 1 or call.channels % of.groups or (not call.linear and min(call.out_shape()[2:]) < 1):
-        raise KernelError(
-            f"x {tuple(call.x.shape)} in {of.groups} groups does not fit a kernel of {list(of.kernel)}, "
-            f"padding {list(of.padding)}"
-        )
-
-
 def _demand(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
         raise KernelError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}")
@@ -150,23 +120,23 @@ def output(call: Call) -> Output:
     return Output(call.out_shape(), call.dtype, torch.channels_last if last else torch.contiguous_format)
 
 
-def pack(call: Call, of: Output) -> tuple[bytes, list[Tensor | None]]:
+def pack(call: Call, made: Output) -> tuple[bytes, list[Tensor | None]]:
     """`FxpressBinaryLayer` in csrc/binary.cpp behind its head, and the tensors to which it points."""
-    layout, thresholds, geometry, end = call.layout, call.thresholds, call.geometry, call.end
+    layout, thresholds, of, end = call.layout, call.thresholds, call.window, call.end
     if layout.dtype != torch.uint8 or layout.dim() != 1:
         raise KernelError(f"A layout of binary weights is 1-D uint8, not {layout.dtype} {tuple(layout.shape)}")
     if isinstance(end, Tensor):
         held, relus = _contiguous(thresholds, layout, None, None, None, end), (False, False)
     else:
-        residual = None if end.residual is None else end.residual.contiguous(memory_format=of.form)
+        residual = None if end.residual is None else end.residual.contiguous(memory_format=made.form)
         held = [*_contiguous(thresholds, layout, end.scale, end.bias), residual, None]
         relus = (end.residual_relu, end.relu)
-    shape = of.shape
+    shape = made.shape
     sizes = (math.prod(shape[:-1]), call.channels, 1, 1) if call.linear else tuple(call.x.shape)
-    out = (geometry.outputs, 1, 1) if call.linear else shape[1:]
+    out = (of.outputs, 1, 1) if call.linear else shape[1:]
     constants = _LAYER.pack(
-        *map(pointer, held), layout.numel(), *sizes, *out, *geometry.kernel, *geometry.stride, *geometry.padding,
-        *geometry.dilation, 2 if call.has_levels else int(call.reads_last()),
+        *map(pointer, held), layout.numel(), *sizes, *out, *of.kernel, *of.stride, *of.padding,
+        *of.dilation, 2 if call.has_levels else int(call.reads_last()),
         0 if thresholds is None else len(thresholds), thresholds is not None and thresholds.dim() == 2, *relus,
         call.linear or call.writes_last(),
     )  # fmt: skip

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from . import binary_call
 from . import binary_reference as reference
-from .binary_call import Call, Epilogue, Geometry
+from .binary_call import Call, Epilogue
 from .bound import Bound, Output, register
+from .window import Window
 
 
 class _BoundBinary(Bound):
@@ -41,11 +42,11 @@ class _BoundBinary(Bound):
 
     def _call(self, x: Tensor) -> Call:
         begin = 3 if self.levels else 4  # where the sizes are
-        end = begin + (1 if self.linear else len(Geometry._fields))
+        end = begin + (1 if self.linear else len(Window._fields))
         layout, *numbers, thresholds = self.arguments[:begin]
         # residual and what belongs to it may be left out
         made = numbers[0] if self.levels else Epilogue(*numbers, *self.arguments[end:])
-        return Call(x, layout, thresholds, made, Geometry(*self.arguments[begin:end]), self.linear)
+        return Call(x, layout, thresholds, made, Window(*self.arguments[begin:end]), self.linear)
 
     def output(self, x: Tensor) -> Output:
         """As `binary_call.output`."""

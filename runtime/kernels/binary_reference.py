@@ -58,7 +58,7 @@ def levels_of(x: Tensor, thresholds: Tensor | None, dim: int) -> Tensor:
 def _sums(call: Call, dim: int) -> Tensor:
     """Whole numbers as float64, of the shape of y."""
     header, plus = layouts.unpack(call.layout)
-    weight, of = plus.double() * 2 - 1, call.geometry
+    weight, of = plus.double() * 2 - 1, call.window
     if (header.outputs, header.channels * header.groups) != (of.outputs, call.channels):
         raise KernelError(f"{header} was given to a layer of {of.outputs} outputs and {call.channels} channels")
     levels = levels_of(call.x, call.thresholds, dim).double()

@@ -22,8 +22,8 @@ from torch import Tensor
 from ...ir.errors import KernelError
 from . import int8_reference as reference
 from .bound import Bound, Output, image_form, pointer, register
+from .window import Window
 
-Pair = Sequence[int]
 _LAYER = struct.Struct("4P16qf3i")
 
 
@@ -36,16 +36,6 @@ class Numbers(NamedTuple):
     bias: Tensor | None
     inverse: float
     zero: int
-
-
-class Window(NamedTuple):
-    """Sizes of a convolution in the order in which the operator takes them; a linear layer has one tap."""
-
-    outputs: int
-    kernel: Pair = (1, 1)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
 
 
 class _BoundInt8(Bound):
@@ -64,10 +54,9 @@ class _BoundInt8(Bound):
         numbers, of = self._numbers, self._of
         if x.dtype != torch.float32:
             raise KernelError(f"x is {x.dtype}", hint="The 8-bit kernels read float32")
-        if of.outputs < 1 or not 0 <= numbers.zero <= 255 or not 0 < numbers.inverse < float("inf"):
-            raise KernelError(
-                f"{of.outputs} outputs, 0 at byte {numbers.zero}, inputs times {numbers.inverse}: out of range"
-            )
+        of.check()
+        if not 0 <= numbers.zero <= 255 or not 0 < numbers.inverse < float("inf"):
+            raise KernelError(f"0 at byte {numbers.zero}, inputs times {numbers.inverse}: out of range")
         wanted = {"offset": torch.int32, "scale": torch.float32, "bias": torch.float32}
         for name, dtype in wanted.items():
             tensor = getattr(numbers, name)
@@ -81,7 +70,7 @@ class _BoundInt8(Bound):
         """`FxpressInt8Layer` in csrc/int8.cpp; `sizes` N, C, H, W, outputs, H', W'."""
         numbers = self._numbers
         self._held = [None if part is None else part.contiguous() for part in numbers[:4]]
-        window = (number for pair in self._of[1:] for number in pair)
+        window = (number for pair in self._of[1:5] for number in pair)
         return _LAYER.pack(
             *map(pointer, self._held), numbers.weights.numel(), *sizes, *window, numbers.inverse, numbers.zero,
             channels_last, self._relu,
@@ -96,7 +85,7 @@ class BoundInt8Conv2d(_BoundInt8):
     def output(self, x: Tensor) -> Output:
         """(N, C, H, W) → (N, out, H', W'), channels-last."""
         self._check(x)
-        return Output(_out_shape(x, self._of), form=torch.channels_last)
+        return Output(self._of.out_shape(x.shape), form=torch.channels_last)
 
     def in_form(self, x: Tensor) -> torch.memory_format:
         """That of x."""
@@ -133,20 +122,6 @@ class BoundInt8Linear(_BoundInt8):
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
         return reference.linear(x, self._numbers, self._relu)
-
-
-def _out_shape(x: Tensor, of: Window) -> tuple[int, ...]:
-    if x.dim() != 4:
-        raise KernelError(f"x has {x.dim()} dimensions; a convolution reads (N, C, H, W)")
-    if min(*of.kernel, *of.stride, *of.dilation) < 1 or min(of.padding) < 0:
-        raise KernelError(
-            f"kernel {list(of.kernel)}, stride {list(of.stride)}, padding {list(of.padding)}, "
-            f"dilation {list(of.dilation)}: out of range"
-        )
-    reach = [x.shape[2 + i] + 2 * of.padding[i] - of.dilation[i] * (of.kernel[i] - 1) for i in range(2)]
-    if min(reach) < 1:
-        raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {list(of.kernel)}")
-    return (x.shape[0], of.outputs, *((reach[i] - 1) // of.stride[i] + 1 for i in range(2)))
 
 
 _TENSORS = "Tensor x, Tensor weights, Tensor offset, Tensor scale, Tensor? bias, float inverse, int zero"

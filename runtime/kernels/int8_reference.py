@@ -19,9 +19,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...ir.errors import KernelError
+from .window import Window
 
 if TYPE_CHECKING:
-    from .int8_ops import Numbers, Window
+    from .int8_ops import Numbers
 
 LANES = 16
 
@@ -90,7 +91,5 @@ def conv2d(x: Tensor, numbers: Numbers, of: Window, relu: bool) -> Tensor:
 
 def linear(x: Tensor, numbers: Numbers, relu: bool) -> Tensor:
     """(..., in) → (..., out)."""
-    from .int8_ops import Window
-
     weight = _weight(numbers, Window(len(numbers.scale)), x.shape[-1])[:, :, 0, 0].double()
     return _ended(F.linear(_rounded(x, numbers), weight), numbers, relu, -1)
