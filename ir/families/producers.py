@@ -5,6 +5,7 @@ A weight has a slot for the channels that are read, and one for those that are g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -70,11 +71,20 @@ def dynamic(labels: Labels, node: fx.Node) -> Any:
     return unlabelled(node.meta["spec"])
 
 
-def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, groups: int, transposed: bool) -> Any:
+def convolve(
+    labels: Labels,
+    node: fx.Node,
+    weight: Weight,
+    bias: str | None,
+    groups: int,
+    transposed: bool,
+    sums: Sequence[int] | None = None,
+) -> Any:
     """Labels of a convolution's output; the weight's slots and the cost are noted.
 
     Weights have shape (O, I/groups, *kernel), transposed ones (I, O/groups, *kernel). Depthwise convolutions pass
-    labels through; grouped ones tie position j of every group, for all groups must stay equally wide.
+    labels through; grouped ones tie position j of every group, for all groups must stay equally wide. `sums` is the
+    shape of what is computed, where a pool that belongs to the layer makes less of it.
     """
     source = operand(node)
     x, shape = data_input(labels, source), shape_of(node)
@@ -89,7 +99,7 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
     if groups == inputs and groups > 1:
         written = read.repeat_interleave(outputs // inputs) if outputs != inputs else read
         weight.bind(0, read if transposed else written)
-        macs = prod(x.shape if transposed else shape) * kernel * (weight.shape[1] if transposed else 1)
+        macs = prod(x.shape if transposed else sums or shape) * kernel * (weight.shape[1] if transposed else 1)
         labels.terms.append(Term(node, macs, (written,)))
     else:
         if groups > 1:
@@ -99,7 +109,7 @@ def convolve(labels: Labels, node: fx.Node, weight: Weight, bias: str | None, gr
         share = read[: inputs // groups] if groups > 1 else read
         weight.bind(0, read if transposed else written)
         weight.bind(1, fresh if transposed else share)
-        macs = prod(x.shape if transposed else shape) * kernel * weight.shape[1]
+        macs = prod(x.shape if transposed else sums or shape) * kernel * weight.shape[1]
         labels.terms.append(Term(node, macs, (fresh, share)))
     if bias is not None:
         labels.bind(bias, 0, written)
@@ -136,7 +146,8 @@ class Stepped(Weight):
 def int8_convolution(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:
     """Int8Conv2d."""
     bias = f"{path}.bias" if layer.bias is not None else None
-    return convolve(labels, node, Stepped(labels, f"{path}.weight"), bias, layer.groups, transposed=False)
+    sums = layer.sums_shape(shape_of(operand(node))) if layer.pool else None
+    return convolve(labels, node, Stepped(labels, f"{path}.weight"), bias, layer.groups, transposed=False, sums=sums)
 
 
 def int8_linear(labels: Labels, node: fx.Node, layer: Any, path: str) -> Any:

@@ -16,9 +16,9 @@ from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
 from .binary import pack_binary, settle_latent
 from .binary_proof import prove_folded
+from .int8_ends import fuse_ends
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
-from .rectifiers import fuse_rectifiers
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -48,7 +48,7 @@ class Emit(Pass):
     keeps their weights as bits too.
 
     8-bit layers compute with whole numbers from here on; a batch norm behind one goes into the steps of its weights,
-    and a ReLU that alone reads it becomes a part of it.
+    and a ReLU or a max pool that alone reads it becomes a part of it.
 
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.
@@ -90,9 +90,8 @@ class Emit(Pass):
             )
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
+        result.notes += fuse_ends(graph, self.name).notes()  # before they become parts of packed networks
         self._pack(graph, context, result)
-        rectifiers = fuse_rectifiers(graph, self.name)
-        result.notes += [f"{rectifiers} ReLUs became parts of 8-bit layers"] if rectifiers else []
         result.proven = levels
         self._tell(self._lay_out(graph, context), result)
         return result

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...ir.graph import Graph
-from ...runtime.layers import Int8Layer, Int8Linear
+from ...runtime.layers import Int8Conv2d, Int8Layer, Int8Linear
 from ...runtime.layers.int8_rounding import weight_values
 from ...runtime.layers.pq_layer import PQLayer
 
@@ -67,6 +67,8 @@ def _unfit(graph: Graph, source: fx.Node, reader: fx.Node, kinds: Layers, dim: i
         return f"its input {source.name} is product-quantized: outputs share codewords, none has a factor of its own"
     if isinstance(layer, Int8Layer) and layer.relu:
         return f"its input {source.name} rectifies what it gives"
+    if isinstance(layer, Int8Conv2d) and layer.pool:
+        return f"its input {source.name} pools what it gives"
     if layer is None or not isinstance(layer, kinds):
         return f"its input {source.name} is no {_names(kinds)}"
     if len(source.users) > 1:

@@ -1,12 +1,13 @@
 """The operators `torch.ops.fxpress.int8_conv2d` and `int8_linear`: 8-bit weights on 8-bit inputs, float32 in and out.
 
     int8_conv2d(x, weights, offset, scale, bias, inverse, zero, out_channels, kernel_size, stride, padding, dilation,
-                relu)
+                pool, relu)
     int8_linear(x, weights, offset, scale, bias, inverse, zero, out_features, relu)
 
 x is float32, weights (1-D int8) and offset come from `prepare_int8` (`int8_reference.py` has the formulas), scale is
 the product of the steps of inputs and weights, per output, `inverse` 1 / the step of the inputs, `zero` the byte of 0.
-One group. Outputs of a convolution lie channels-last, whatever its input does.
+One group. Outputs of a convolution lie channels-last, whatever its input does. `pool` is empty, or kernel, stride and
+padding of a max pool of its outputs, six numbers: these are then never written as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from . import int8_reference as reference
 from .bound import Bound, Output, image_form, pointer, register
 from .window import Window
 
-_LAYER = struct.Struct("4P16qf3i")
+_LAYER = struct.Struct("4P24qf3i")
+MOST_POOLED = 16
+"""Largest kernel of a max pool behind a convolution."""
 
 
 class Numbers(NamedTuple):
@@ -39,14 +42,16 @@ class Numbers(NamedTuple):
 
 
 class _BoundInt8(Bound):
-    """Both operators: their arguments are those of `Numbers`, those of `Window`, and `relu`."""
+    """Both operators: their arguments are those of `Numbers`, those of `Window`, a pool of convolutions, and `relu`."""
 
     function = "fxpress_int8_layer"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         count = len(Numbers._fields)
-        self._numbers, self._of = Numbers(*arguments[:count]), Window(*arguments[count:-1])
+        sizes = arguments[count:-1]
+        self._numbers, self._of = Numbers(*arguments[:count]), Window(*sizes[:5])
+        self._pool: Sequence[int] = sizes[5] if len(sizes) > 5 else ()
         self._relu: bool = arguments[-1]
         self._held: list[Tensor | None] = []
 
@@ -66,13 +71,14 @@ class _BoundInt8(Bound):
             found = f"{numbers.weights.dtype} {tuple(numbers.weights.shape)}"
             raise KernelError(f"8-bit weights are 1-D int8, not {found}")
 
-    def _pack(self, sizes: Sequence[int], channels_last: bool) -> bytes:
-        """`FxpressInt8Layer` in csrc/int8.cpp; `sizes` N, C, H, W, outputs, H', W'."""
+    def _pack(self, sizes: Sequence[int], channels_last: bool, pooled: Sequence[int] = (0, 0)) -> bytes:
+        """`FxpressInt8Layer` in csrc/int8.cpp; `sizes` N, C, H, W, outputs, H', W'; `pooled` behind a pool."""
         numbers = self._numbers
         self._held = [None if part is None else part.contiguous() for part in numbers[:4]]
         window = (number for pair in self._of[1:5] for number in pair)
+        pool = *(self._pool or (0,) * 6), *pooled
         return _LAYER.pack(
-            *map(pointer, self._held), numbers.weights.numel(), *sizes, *window, numbers.inverse, numbers.zero,
+            *map(pointer, self._held), numbers.weights.numel(), *sizes, *window, *pool, numbers.inverse, numbers.zero,
             channels_last, self._relu,
         )  # fmt: skip
 
@@ -85,7 +91,17 @@ class BoundInt8Conv2d(_BoundInt8):
     def output(self, x: Tensor) -> Output:
         """(N, C, H, W) → (N, out, H', W'), channels-last."""
         self._check(x)
-        return Output(self._of.out_shape(x.shape), form=torch.channels_last)
+        return Output(self._pooled(self._of.out_shape(x.shape)), form=torch.channels_last)
+
+    def _pooled(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape behind the pool."""
+        pool = self._pool
+        if not pool:
+            return shape
+        if len(pool) != 6 or max(pool[:2]) > MOST_POOLED or any(2 * pool[4 + i] > pool[i] for i in range(2)):
+            limits = f"kernel up to {MOST_POOLED}, stride, padding up to half the kernel"
+            raise KernelError(f"pool is {list(pool)}; six numbers: {limits}")
+        return Window(shape[1], pool[:2], pool[2:4], pool[4:]).out_shape(shape)
 
     def in_form(self, x: Tensor) -> torch.memory_format:
         """That of x."""
@@ -93,11 +109,12 @@ class BoundInt8Conv2d(_BoundInt8):
 
     def pack(self, x: Tensor, output: Output) -> bytes:
         """As `_pack`."""
-        return self._pack((*x.shape, *output.shape[1:]), image_form(x) == torch.channels_last)
+        sums = self._of.out_shape(x.shape)
+        return self._pack((*x.shape, *sums[1:]), image_form(x) == torch.channels_last, output.shape[2:])
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
-        return reference.conv2d(x, self._numbers, self._of, self._relu)
+        return reference.conv2d(x, self._numbers, self._of, self._pool, self._relu)
 
 
 class BoundInt8Linear(_BoundInt8):
@@ -125,6 +142,6 @@ class BoundInt8Linear(_BoundInt8):
 
 
 _TENSORS = "Tensor x, Tensor weights, Tensor offset, Tensor scale, Tensor? bias, float inverse, int zero"
-_CONV = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+_CONV = "int out_channels, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int[] pool"
 register(f"({_TENSORS}, {_CONV}, bool relu) -> Tensor", BoundInt8Conv2d)
 register(f"({_TENSORS}, int out_features, bool relu) -> Tensor", BoundInt8Linear)

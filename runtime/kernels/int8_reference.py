@@ -2,6 +2,7 @@
 
     q = min(max(round(x · inverse), -zero), 255 - zero) + zero          bytes; halves to even, NaN counts as 0
     y[o] = relu?(scale[o] (Σ q w[o] + offset[o]) + bias[o])      offset[o] = -zero Σ w[o]; zero padding is q = zero
+    max pool: the largest y of a window, found by the largest sum, or the least where scale[o] is negative
 
 Sums are exact integers of 32 bits, and float32 operations are rounded one by one, from left to right.
 
@@ -12,6 +13,7 @@ tap; filled up with zeros to whole dwords.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,11 +84,15 @@ def _ended(sums: Tensor, numbers: Numbers, relu: bool, dim: int) -> Tensor:
     return y.relu() if relu else y
 
 
-def conv2d(x: Tensor, numbers: Numbers, of: Window, relu: bool) -> Tensor:
-    """(N, C, H, W) → (N, out, H', W')."""
+def conv2d(x: Tensor, numbers: Numbers, of: Window, pool: Sequence[int], relu: bool) -> Tensor:
+    """(N, C, H, W) → (N, out, H', W'); `pool` six numbers or none."""
     weight = _weight(numbers, of, x.shape[1]).double()
     sums = F.conv2d(_rounded(x, numbers), weight, None, list(of.stride), list(of.padding), list(of.dilation))
-    return _ended(sums, numbers, relu, 1)
+    if not pool:
+        return _ended(sums, numbers, relu, 1)
+    turns = torch.where(numbers.scale < 0, -1.0, 1.0).double().view(-1, 1, 1)
+    largest = F.max_pool2d(sums * turns, list(pool[:2]), list(pool[2:4]), list(pool[4:]))
+    return _ended(largest * turns, numbers, relu, 1)
 
 
 def linear(x: Tensor, numbers: Numbers, relu: bool) -> Tensor:

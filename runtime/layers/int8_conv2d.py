@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.utils import _pair
 from ...ir.dialect import register_layer
 from ...ir.errors import OptionError
 from .. import kernels
+from ..kernels.window import Window
 from .int8_layer import Int8Layer
 from .padding import numeric_padding
 
@@ -26,9 +28,11 @@ class Int8Conv2d(Int8Layer):
     Args:
         in_channels: as of `torch.nn.Conv2d`, and so all up to `bias`.
         relu: whether negative outputs become 0.
+        pool: kernel, stride and padding, (height, width) each, of a max pool of the outputs; empty for none. The layer
+            then gives what the pool does, and its own outputs are never written to memory as a whole.
 
     Raises:
-        OptionError: padding that is no number.
+        OptionError: padding that is no number, a pool that is no six of them.
     """
 
     def __init__(
@@ -42,11 +46,15 @@ class Int8Conv2d(Int8Layer):
         groups: int = 1,
         bias: bool = True,
         relu: bool = False,
+        pool: Sequence[int] = (),
     ) -> None:
         if isinstance(padding, str):
             raise OptionError(f"padding is {padding!r}; allowed: numbers", hint="'valid' is 0, 'same' half the kernel.")
+        if len(pool) not in (0, 6):
+            raise OptionError(f"pool is {pool}; allowed: six numbers, kernel, stride and padding, or none")
         sizes = in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         super().__init__(nn.Conv2d(*sizes), relu)
+        self.pool = tuple(pool)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride = _pair(kernel_size), _pair(stride)
         self.padding, self.dilation = _pair(padding), _pair(dilation)
@@ -70,13 +78,22 @@ class Int8Conv2d(Int8Layer):
     def _by_integers(self, x: Tensor) -> bool:
         return self.groups == 1 and x.dim() == 4 and super()._by_integers(x)
 
+    def sums_shape(self, images: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the convolution's outputs, before a pool, for images (N, in, H, W)."""
+        window = Window(self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation)
+        return window.out_shape(images)
+
     def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(N, in, H, W) → (N, out, H', W')."""
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        """(N, in, H, W) → (N, out, H', W'); a ReLU may as well come behind the pool."""
+        y = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.max_pool2d(y, self.pool[:2], self.pool[2:4], self.pool[4:]) if self.pool else y
 
     def _bind(self, *numbers: Any) -> kernels.Bound:
         window = self.kernel_size, self.stride, self.padding, self.dilation
-        return kernels.BoundInt8Conv2d(*numbers, self.out_channels, *window, self.relu)
+        return kernels.BoundInt8Conv2d(*numbers, self.out_channels, *window, self.pool, self.relu)
+
+    def _ends(self) -> tuple[Any, ...]:
+        return (self.relu, self.pool)
 
     def _dilation(self) -> int:
         return int(self.dilation[1])
@@ -89,8 +106,9 @@ class Int8Conv2d(Int8Layer):
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
         size = f"{self.in_channels}, {self.out_channels}, {self.kernel_size}, stride={self.stride}"
-        return f"{size}, padding={self.padding}, groups={self.groups}{', relu=True' if self.relu else ''}"
+        ends = f"{', relu=True' if self.relu else ''}{f', pool={self.pool}' if self.pool else ''}"
+        return f"{size}, padding={self.padding}, groups={self.groups}{ends}"
 
 
 _FIELDS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
-register_layer(Int8Conv2d, (*_FIELDS, "relu"), ("bias",))
+register_layer(Int8Conv2d, (*_FIELDS, "relu", "pool"), ("bias",))

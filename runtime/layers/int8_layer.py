@@ -21,7 +21,7 @@ class _Prepared(NamedTuple):
 
     integers: kernels.Bound
     snapshot: Snapshot
-    relu: bool
+    ends: tuple[Any, ...]
 
 
 class Int8Layer(nn.Module):
@@ -122,6 +122,10 @@ class Int8Layer(nn.Module):
         """The kernel of the layer; `numbers` as its operator takes them behind x, up to `zero`."""
         raise NotImplementedError
 
+    def _ends(self) -> tuple[Any, ...]:
+        """What becomes of the sums, which `emit` changes."""
+        return (self.relu,)
+
     def _dilation(self) -> int:
         """Along the width."""
         return 1
@@ -138,7 +142,7 @@ class Int8Layer(nn.Module):
         known = self._prepared
         if torch.compiler.is_compiling():
             return known
-        if known is None or known.relu != self.relu or not known.snapshot.is_of(self._sources()):
+        if known is None or known.ends != self._ends() or not known.snapshot.is_of(self._sources()):
             known = self._prepared = self._made()
         return known
 
@@ -155,7 +159,7 @@ class Int8Layer(nn.Module):
         weights, offset = kernels.prepare_int8(self.int8_weight, int(zero), self._dilation())
         scale, inverse = step * self.weight_scale, float(step.reciprocal())
         integers = self._bind(weights, offset, scale, self.bias, inverse, int(zero))
-        return _Prepared(integers, Snapshot(self._sources()), self.relu)
+        return _Prepared(integers, Snapshot(self._sources()), self._ends())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Layer:
         self._prepared = None

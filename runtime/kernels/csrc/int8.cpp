@@ -24,8 +24,10 @@ struct FxpressInt8Layer {
     const float *scale, *bias;
     int64_t weight_bytes;
     int64_t batch, channels, height, width;
-    int64_t outputs, out_height, out_width;
+    int64_t outputs, out_height, out_width;  // before the pool
     int64_t kernel[2], stride[2], padding[2], dilation[2];
+    int64_t pool_kernel[2], pool_stride[2], pool_padding[2];  // of a max pool behind the layer; kernel 0: none
+    int64_t pooled_height, pooled_width;                      // of y then
     float inverse;
     int32_t zero, channels_last, relu;
 
@@ -55,23 +57,40 @@ struct Images {
     const Int8Kernels& kernels;
     uint8_t* bytes;
     int64_t* places;
+    int32_t* flips;
+    bool falls = false;  // whether an output falls with its sum
 
     bool dilated() const { return of.dilation[1] > 1 && of.kernel[1] > 1; }
+    bool pooled() const { return of.pool_kernel[0] > 0; }
     int64_t segments() const { return of.kernel[0] * (dilated() ? of.kernel[1] : 1); }
-    int64_t dwords() const { return ceil_div(of.channels * (dilated() ? 1 : of.kernel[1]), 4); }
+    int64_t segment_dwords() const { return ceil_div(of.channels * (dilated() ? 1 : of.kernel[1]), 4); }
+    int64_t dwords() const { return segments() * segment_dwords(); }
     int64_t wide() const { return of.width + 2 * of.padding[1]; }
     int64_t row_bytes() const { return wide() * of.channels; }
+    Int8End end() const { return {of.offset, of.scale, of.bias, of.relu != 0}; }
     int64_t image_bytes() const { return (of.height + 2 * of.padding[0]) * row_bytes() + SLACK; }
-    int64_t weight_bytes() const { return ceil_div(of.outputs, LANES16) * LANES16 * segments() * dwords() * 4; }
+    int64_t lanes() const { return whole_lanes(of.outputs); }
+    int64_t weight_bytes() const { return lanes() * dwords() * 4; }
     void place();
     void round(int64_t image, int64_t slot, int64_t line) const;
-    void compute(int64_t image, int64_t slot, int64_t line) const;
+    int64_t pieces() const;
+    bool compute(int64_t image, int64_t slot, int64_t piece) const;
+    void line(int64_t image, int64_t slot, int64_t row, int32_t* sums) const;
+    void turn(int32_t* sums) const;
+    bool pooled_lines(int64_t image, int64_t slot, int64_t top, int64_t bottom) const;
 };
 
 void Images::place() {
-    const int64_t across = dilated() ? of.kernel[1] : 1;
-    for (int64_t s = 0; s < segments(); s++)
-        places[s] = s / across * of.dilation[0] * row_bytes() + s % across * of.dilation[1] * of.channels;
+    const int64_t across = dilated() ? of.kernel[1] : 1, each = segment_dwords();
+    for (int64_t s = 0; s < segments(); s++) {
+        const int64_t first = s / across * of.dilation[0] * row_bytes() + s % across * of.dilation[1] * of.channels;
+        for (int64_t i = 0; i < each; i++) places[s * each + i] = first + 4 * i;
+    }
+    falls = false;
+    for (int64_t o = 0; o < lanes(); o++) {
+        flips[o] = o < of.outputs && of.scale[o] < 0 ? -1 : 0;
+        falls = falls || flips[o];
+    }
 }
 
 // One line of a padded image.
@@ -91,11 +110,56 @@ void Images::round(int64_t image, int64_t slot, int64_t line) const {
         kernels.round({of.x() + whole + y * of.width, plane, 1, of.channels, of.width, to + border}, rounding);
 }
 
-void Images::compute(int64_t image, int64_t slot, int64_t line) const {
-    const uint8_t* window = bytes + slot * image_bytes() + line * of.stride[0] * row_bytes();
-    float* y = of.y() + (image * of.out_height + line) * of.out_width * of.outputs;
-    kernels.row({window, of.out_width, of.stride[1] * of.channels, places, segments(), dwords(), of.weights, of.offset,
-                 of.scale, of.bias, of.relu != 0, of.outputs, y});
+// How many tasks an image is: lines, or bands of pooled lines, which overlap.
+int64_t Images::pieces() const {
+    if (!pooled()) return of.out_height;
+    return of.call.threads == 1 || of.batch >= 2 * of.call.threads ? 1 : least(of.pooled_height, 2 * of.call.threads);
+}
+
+bool Images::compute(int64_t image, int64_t slot, int64_t piece) const {
+    if (pooled())
+        return pooled_lines(image, slot, of.pooled_height * piece / pieces(),
+                            of.pooled_height * (piece + 1) / pieces());
+    line(image, slot, piece, nullptr);
+    return true;
+}
+
+// One line of outputs, or of sums if there is a place for them.
+void Images::line(int64_t image, int64_t slot, int64_t row, int32_t* sums) const {
+    const uint8_t* window = bytes + slot * image_bytes() + row * of.stride[0] * row_bytes();
+    float* y = of.y() + (image * of.out_height + row) * of.out_width * of.outputs;
+    kernels.row({window, of.out_width, of.stride[1] * of.channels, places, dwords(), of.weights, end(), of.outputs, y,
+                 sums});
+}
+
+void Images::turn(int32_t* sums) const {
+    for (int64_t x = 0; x < of.out_width; x++, sums += lanes())
+        for (int64_t o = 0; o < lanes(); o++) sums[o] ^= flips[o];
+}
+
+// Pooled lines [top, bottom). Every line of sums is pooled along its length as soon as it is there, into a ring; so
+// neither the layer's whole outputs nor any of its lines leave the caches.
+bool Images::pooled_lines(int64_t image, int64_t slot, int64_t top, int64_t bottom) const {
+    const int64_t line_count = of.pooled_width * lanes(), ring = of.pool_kernel[0];
+    int32_t* sums = static_cast<int32_t*>(scratch(SLOT_CONV_ROWS, size_t(of.out_width * lanes()) * 4));
+    int32_t* rows = static_cast<int32_t*>(scratch(SLOT_CONV_IMAGE, size_t(ring * line_count) * 4));
+    if (!sums || !rows) return false;
+    int64_t made = 0;
+    for (int64_t y = top; y < bottom; y++) {
+        const int64_t above = y * of.pool_stride[0] - of.pool_padding[0];
+        const int64_t first = most(above, 0), last = least(above + ring, of.out_height);
+        for (made = most(made, first); made < last; made++) {
+            line(image, slot, made, sums);
+            if (falls) turn(sums);
+            kernels.across({sums, of.out_width, lanes(), of.pool_kernel[1], of.pool_stride[1],
+                            of.pool_padding[1], of.pooled_width, rows + made % ring * line_count});
+        }
+        float* to = of.y() + (image * of.pooled_height + y) * of.pooled_width * of.outputs;
+        Int8Down down{{}, last - first, flips, of.pooled_width, lanes(), of.outputs, end(), to};
+        for (int64_t row = first; row < last; row++) down.rows[row - first] = rows + row % ring * line_count;
+        kernels.down(down);
+    }
+    return true;
 }
 
 int check(const Images& images) {
@@ -109,6 +173,12 @@ int check(const Images& images) {
         const int64_t reach = size[i] + 2 * of.padding[i] - of.dilation[i] * (of.kernel[i] - 1);
         fits = fits && reach > 0 && (reach - 1) / of.stride[i] + 1 == out[i];
     }
+    const int64_t pooled[2] = {of.pooled_height, of.pooled_width};
+    for (int i = 0; i < 2 && fits && images.pooled(); i++) {
+        const int64_t kernel = of.pool_kernel[i], reach = out[i] + 2 * of.pool_padding[i] - kernel;
+        fits = kernel >= 1 && kernel <= POOL_ROWS && of.pool_padding[i] >= 0 && 2 * of.pool_padding[i] <= kernel &&
+               of.pool_stride[i] >= 1 && reach >= 0 && reach / of.pool_stride[i] + 1 == pooled[i];
+    }
     if (!fits)
         return fail(BAD_ARGUMENT, "An 8-bit layer of %lld x %lld pixels to %lld x %lld does not fit its kernel",
                     (long long)of.height, (long long)of.width, (long long)of.out_height, (long long)of.out_width);
@@ -120,24 +190,26 @@ int check(const Images& images) {
 }
 
 int run(const Layer& of) {
-    Images images{of, kernels_for(of.call.isa), nullptr, nullptr};
+    Images images{of, kernels_for(of.call.isa), nullptr, nullptr, nullptr};
     const int status = check(images);
     if (status || !of.batch) return status;
     const int64_t together = most(1, least(of.batch, IMAGES_BYTES / images.image_bytes()));
     images.bytes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * images.image_bytes())));
-    images.places = static_cast<int64_t*>(scratch(SLOT_CONV_INDEX, size_t(images.segments()) * sizeof(int64_t)));
+    images.places = static_cast<int64_t*>(scratch(SLOT_CONV_INDEX, size_t(images.dwords() * 8 + images.lanes() * 4)));
     if (!images.bytes || !images.places) return fail(NO_MEMORY, "No memory for the rounded images of an 8-bit layer");
+    images.flips = reinterpret_cast<int32_t*>(images.places + images.dwords());
     images.place();
-    const int64_t lines = of.height + 2 * of.padding[0];
+    bool failed = false;
+    const int64_t lines = of.height + 2 * of.padding[0], pieces = images.pieces();
     for (int64_t first = 0; first < of.batch; first += together) {
         const int64_t count = least(together, of.batch - first);
         parallel_for(of.call.threads, count * lines,
                      [&](int64_t task) { images.round(first + task / lines, task / lines, task % lines); });
-        parallel_for(of.call.threads, count * of.out_height, [&](int64_t task) {
-            images.compute(first + task / of.out_height, task / of.out_height, task % of.out_height);
+        parallel_for(of.call.threads, count * pieces, [&](int64_t task) {
+            if (!images.compute(first + task / pieces, task / pieces, task % pieces)) failed = true;
         });
     }
-    return OK;
+    return failed ? fail(NO_MEMORY, "No memory for the sums of an 8-bit layer") : int(OK);
 }
 
 }  // namespace

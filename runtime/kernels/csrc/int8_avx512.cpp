@@ -49,13 +49,27 @@ void round_row(const Int8Pixels& of, const Int8Rounding& at) {
     }
 }
 
-FX_INLINE __m512 ended16(const Int8Row& of, int64_t output, __mmask16 mask, __m512i sum) {
-    sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(mask, of.offset + output));
-    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_maskz_loadu_ps(mask, of.scale + output));
-    if (of.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, of.bias + output));
-    if (of.relu) y = _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps());
-    return y;
-}
+// Ends of 16 outputs.
+struct End16 {
+    __m512i offset;
+    __m512 scale, bias;
+    __mmask16 mask;
+    bool full, biased, relu;
+
+    FX_INLINE End16(const Int8End& of, int64_t output, int64_t outputs)
+        : mask(first16(outputs - output)), full(outputs - output >= 16), biased(of.bias != nullptr), relu(of.relu) {
+        offset = _mm512_maskz_loadu_epi32(mask, of.offset + output);
+        scale = _mm512_maskz_loadu_ps(mask, of.scale + output);
+        bias = biased ? _mm512_maskz_loadu_ps(mask, of.bias + output) : _mm512_setzero_ps();
+    }
+    FX_INLINE void store(float* y, __m512i sum) const {
+        __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum, offset)), scale);
+        if (biased) value = _mm512_add_ps(value, bias);
+        if (relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);  // NaN stays
+        if (full) _mm512_storeu_ps(y, value);
+        else _mm512_mask_storeu_ps(y, mask, value);
+    }
+};
 
 // In every lane, by the load unit alone.
 FX_INLINE __m512i four_bytes(const uint8_t* from) {
@@ -64,59 +78,108 @@ FX_INLINE __m512i four_bytes(const uint8_t* from) {
     return _mm512_set1_epi32(word);
 }
 
-template <int COUNT, int BLOCKS>
+template <int COUNT, int BLOCKS, bool SUMS>
 void tile(const Int8Row& of, int64_t pixel, int64_t block) {
-    __m512i sums[COUNT][BLOCKS];
+    __m512i sums[COUNT][BLOCKS], zero = _mm512_setzero_si512();
+    asm("" : "+v"(zero));
     FX_UNROLL
     for (int p = 0; p < COUNT; p++) {
         FX_UNROLL
-        for (int b = 0; b < BLOCKS; b++) sums[p][b] = _mm512_setzero_si512();
+        for (int b = 0; b < BLOCKS; b++) sums[p][b] = zero;
     }
     const int8_t* weights = of.weights + block * of.block_bytes();
+    const uint8_t* const window = of.image + pixel * of.pixel_bytes;
     const int64_t apart = of.block_bytes();
-    for (int64_t s = 0; s < of.segments; s++) {
-        const uint8_t* from = of.image + pixel * of.pixel_bytes + of.places[s];
-        for (int64_t i = 0; i < of.dwords; i++, from += 4, weights += 4 * LANES16) {
-            __m512i weight[BLOCKS];
+    for (int64_t i = 0; i < of.dwords; i++, weights += 4 * LANES16) {
+        const uint8_t* from = window + of.places[i];
+        __m512i weight[BLOCKS];
+        FX_UNROLL
+        for (int b = 0; b < BLOCKS; b++) weight[b] = _mm512_loadu_si512(weights + b * apart);
+        FX_UNROLL
+        for (int p = 0; p < COUNT; p++) {
+            const __m512i x = four_bytes(from + p * of.pixel_bytes);
             FX_UNROLL
-            for (int b = 0; b < BLOCKS; b++) weight[b] = _mm512_loadu_si512(weights + b * apart);
-            FX_UNROLL
-            for (int p = 0; p < COUNT; p++) {
-                const __m512i x = four_bytes(from + p * of.pixel_bytes);
-                FX_UNROLL
-                for (int b = 0; b < BLOCKS; b++) sums[p][b] = _mm512_dpbusd_epi32(sums[p][b], x, weight[b]);
-            }
+            for (int b = 0; b < BLOCKS; b++) sums[p][b] = _mm512_dpbusd_epi32(sums[p][b], x, weight[b]);
         }
     }
     FX_UNROLL
-    for (int p = 0; p < COUNT; p++) {
-        FX_UNROLL
-        for (int b = 0; b < BLOCKS; b++) {
-            const int64_t output = (block + b) * LANES16;
-            const __mmask16 mask = first16(of.outputs - output);
-            _mm512_mask_storeu_ps(of.y + (pixel + p) * of.outputs + output, mask, ended16(of, output, mask, sums[p][b]));
+    for (int b = 0; b < BLOCKS; b++) {
+        const int64_t output = (block + b) * LANES16, at = pixel * of.outputs + output;
+        if (SUMS) {
+            int32_t* to = of.sums + pixel * of.lanes() + output;
+            FX_UNROLL
+            for (int p = 0; p < COUNT; p++, to += of.lanes()) _mm512_storeu_si512(to, sums[p][b]);
+            continue;
         }
+        const End16 end(of.end, output, of.outputs);
+        FX_UNROLL
+        for (int p = 0; p < COUNT; p++) end.store(of.y + at + p * of.outputs, sums[p][b]);
     }
 }
 
-template <int BLOCKS>
+template <int BLOCKS, bool SUMS>
 void all_pixels(const Int8Row& of, int64_t block) {
     int64_t pixel = 0;
-    for (; pixel + PIXELS <= of.count; pixel += PIXELS) tile<PIXELS, BLOCKS>(of, pixel, block);
-    for (; pixel + 2 <= of.count; pixel += 2) tile<2, BLOCKS>(of, pixel, block);
-    if (pixel < of.count) tile<1, BLOCKS>(of, pixel, block);
+    for (; pixel + PIXELS <= of.count; pixel += PIXELS) tile<PIXELS, BLOCKS, SUMS>(of, pixel, block);
+    for (; pixel + 4 <= of.count; pixel += 4) tile<4, BLOCKS, SUMS>(of, pixel, block);
+    for (; pixel + 2 <= of.count; pixel += 2) tile<2, BLOCKS, SUMS>(of, pixel, block);
+    if (pixel < of.count) tile<1, BLOCKS, SUMS>(of, pixel, block);
 }
 
-void row(const Int8Row& of) {
+template <bool SUMS>
+void all_blocks(const Int8Row& of) {
     const int64_t blocks = ceil_div(of.outputs, LANES16);
     for (int64_t block = 0; block < blocks; block += 4) {
-        decltype(&all_pixels<1>) const by_rest[] = {all_pixels<1>, all_pixels<2>, all_pixels<3>, all_pixels<4>};
+        decltype(&all_pixels<1, SUMS>) const by_rest[] = {all_pixels<1, SUMS>, all_pixels<2, SUMS>, all_pixels<3, SUMS>,
+                                                          all_pixels<4, SUMS>};
         by_rest[least(4, blocks - block) - 1](of, block);
+    }
+}
+
+void row(const Int8Row& of) { of.sums ? all_blocks<true>(of) : all_blocks<false>(of); }
+
+// Largest sums of a few pixels beside each other.
+template <int TAPS>
+FX_INLINE void largest(const int32_t* sums, int64_t lanes, int64_t taps, int32_t* to) {
+    for (int64_t o = 0; o < lanes; o += LANES16) {
+        __m512i best = _mm512_loadu_si512(sums + o);
+        for (int64_t i = 1; i < (TAPS ? TAPS : taps); i++)
+            best = _mm512_max_epi32(best, _mm512_loadu_si512(sums + i * lanes + o));
+        _mm512_storeu_si512(to + o, best);
+    }
+}
+
+void across(const Int8Across& of) {
+    const int64_t lanes = of.lanes, width = of.width, kernel = of.kernel, stride = of.stride, count = of.out_width;
+    const int32_t* const sums = of.sums;
+    int32_t* to = of.to;
+    for (int64_t x = 0, left = -of.padding; x < count; x++, left += stride, to += lanes) {
+        const int64_t first = most(left, 0), taps = least(left + kernel, width) - first;
+        const int32_t* const from = sums + first * lanes;
+        if (taps == 3) largest<3>(from, lanes, taps, to);
+        else if (taps == 2) largest<2>(from, lanes, taps, to);
+        else largest<0>(from, lanes, taps, to);
+    }
+}
+
+void down(const Int8Down& of) {
+    const int64_t outputs = of.outputs, lanes = of.lanes, count = of.count;
+    for (int64_t o = 0; o < outputs; o += LANES16) {
+        const End16 end(of.end, o, outputs);
+        const __m512i flip = _mm512_loadu_si512(of.flips + o);
+        const int32_t* rows[POOL_ROWS];
+        for (int64_t i = 0; i < count; i++) rows[i] = of.rows[i] + o;
+        float* y = of.y + o;
+        for (int64_t at = 0; at < of.width * lanes; at += lanes, y += outputs) {
+            __m512i best = _mm512_loadu_si512(rows[0] + at);
+            for (int64_t i = 1; i < count; i++) best = _mm512_max_epi32(best, _mm512_loadu_si512(rows[i] + at));
+            end.store(y, _mm512_xor_si512(best, flip));
+        }
     }
 }
 
 }  // namespace
 
-const Int8Kernels int8_avx512 = {round_row, row};
+const Int8Kernels int8_avx512 = {round_row, row, across, down};
 
 }  // namespace fx

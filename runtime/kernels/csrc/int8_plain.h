@@ -22,10 +22,37 @@ inline void round_plain(const Int8Pixels& of, const Int8Rounding& at) {
 }
 
 // float32 of a whole sum, each operation rounded by itself.
-FX_INLINE float ended(const Int8Row& of, int64_t output, int32_t sum) {
-    float y = float(sum + of.offset[output]) * of.scale[output];
-    if (of.bias) y += of.bias[output];
-    return of.relu && y < 0 ? 0 : y;
+FX_INLINE float ended(const Int8End& at, int64_t output, int32_t sum) {
+    float y = float(sum + at.offset[output]) * at.scale[output];
+    if (at.bias) y += at.bias[output];
+    return at.relu && y < 0 ? 0 : y;
+}
+
+FX_INLINE void finish(const Int8Row& of, int64_t pixel, int64_t output, int32_t sum) {
+    if (of.sums) of.sums[pixel * of.lanes() + output] = sum;
+    else of.y[pixel * of.outputs + output] = ended(of.end, output, sum);
+}
+
+inline void across_plain(const Int8Across& of) {
+    for (int64_t x = 0; x < of.out_width; x++) {
+        const int64_t left = x * of.stride - of.padding, end = least(left + of.kernel, of.width);
+        for (int64_t o = 0; o < of.lanes; o++) {
+            int32_t best = of.sums[most(left, 0) * of.lanes + o];
+            for (int64_t tap = most(left, 0) + 1; tap < end; tap++)
+                best = of.sums[tap * of.lanes + o] > best ? of.sums[tap * of.lanes + o] : best;
+            of.to[x * of.lanes + o] = best;
+        }
+    }
+}
+
+inline void down_plain(const Int8Down& of) {
+    for (int64_t x = 0; x < of.width; x++)
+        for (int64_t o = 0; o < of.outputs; o++) {
+            const int64_t at = x * of.lanes + o;
+            int32_t best = of.rows[0][at];
+            for (int64_t row = 1; row < of.count; row++) best = of.rows[row][at] > best ? of.rows[row][at] : best;
+            of.y[x * of.outputs + o] = ended(of.end, o, best ^ of.flips[o]);
+        }
 }
 
 }  // namespace

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fxpress.ir.cost import measure_cost
 from fxpress.runtime import kernels
 from fxpress.runtime.layers import Int8Conv2d, Int8Layer, Int8Linear
 from torch import Tensor, nn
@@ -128,6 +130,43 @@ def test_rectifiers_become_parts_of_layers() -> None:
     assert [skip.reason for skip in again.report["fold-batchnorm"].skips] == ["its input three rectifies what it gives"]
     layer = layers["one"].train()
     assert float(layer(x).detach().min()) == 0
+
+
+def test_max_pools_become_parts_of_convolutions(tmp_path: Path) -> None:
+    class Pooled(nn.Module):
+        """Pool behind ReLU, ReLU behind pool, a pool of another kind, and one beside another reader."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three, self.four = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(self.one(x).relu(), 3, 2, 1)
+            x = F.max_pool2d(self.two(x), 2).relu()
+            x = F.max_pool2d(self.three(x), 3, 2, ceil_mode=True)
+            x = self.four(x)
+            return F.max_pool2d(x, 2, 1) + x.mean()
+
+    x = torch.randn(2, 4, 36, 36)
+    compiled = fxpress.compile(Pooled().eval(), ["quantize-int8", "emit"], x)
+    layers: Any = dict(compiled.module.named_children())
+    assert [layers[name].pool for name in ("one", "two", "three", "four")] == [
+        (3, 3, 2, 2, 1, 1), (2, 2, 2, 2, 0, 0), (), (),
+    ]  # fmt: skip
+    assert layers["two"].relu
+    assert "2 max pools became parts of 8-bit layers" in compiled.report["emit"].notes
+    assert compiled.report["emit"].distance is not None
+    assert compiled.report["emit"].distance < 1e-5
+    before = fxpress.compile(Pooled().eval(), ["quantize-int8"], x)
+    assert measure_cost(compiled.graph).macs == measure_cost(before.graph).macs
+    with torch.no_grad():
+        y = compiled(x)
+        compiled.save(tmp_path / "pooled.fxp")
+        assert torch.equal(fxpress.load(tmp_path / "pooled.fxp")(x), y)
+        exported = torch.export.export(compiled.module, (x,), strict=False).module()
+        assert torch.equal(exported(x), y)
+    compiled.module.train()(x).sum().backward()
+    assert float(layers["one"].weight.grad.abs().sum()) > 0
 
 
 def test_a_file_holds_a_byte_for_each_weight(tmp_path: Path) -> None:

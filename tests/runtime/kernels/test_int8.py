@@ -44,12 +44,25 @@ def convolutions(draw: Any) -> dict[str, Any]:
         "kernel": kernel, "stride": [draw(st.integers(1, 3)), draw(st.integers(1, 3))], "padding": padding,
         "dilation": dilation, "zero": draw(st.sampled_from([0, 3, 128, 255])), "last": draw(st.booleans()),
         "bias": draw(st.booleans()), "relu": draw(st.booleans()), "threads": draw(st.integers(1, 2)),
-        "seed": draw(st.integers(0, 2**31)),
+        "pool": draw(st.none() | pools()), "seed": draw(st.integers(0, 2**31)),
     }  # fmt: skip
 
 
+@st.composite
+def pools(draw: Any) -> list[int]:
+    kernel = [draw(st.integers(1, 4)), draw(st.integers(1, 4))]
+    stride = [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
+    return [*kernel, *stride, *(draw(st.integers(0, size // 2)) for size in kernel)]
+
+
+def sums_size(case: dict[str, Any]) -> list[int]:
+    """Height and width of the convolution's outputs."""
+    reach = [case["size"][i] + 2 * case["padding"][i] - case["dilation"][i] * (case["kernel"][i] - 1) for i in range(2)]
+    return [(reach[i] - 1) // case["stride"][i] + 1 for i in range(2)]
+
+
 @given(convolutions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_convolutions_on_every_instruction_set(case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])
     x = 3 * torch.randn(case["batch"], case["channels"], *case["size"])
@@ -58,8 +71,14 @@ def test_convolutions_on_every_instruction_set(case: dict[str, Any]) -> None:
     x = x.contiguous(memory_format=torch.channels_last if case["last"] else torch.contiguous_format)
     weight = torch.randint(-127, 128, (case["outputs"], case["channels"], *case["kernel"]), dtype=torch.int8)
     scale, bias = torch.rand(case["outputs"]), torch.randn(case["outputs"]) if case["bias"] else None
+    scale = scale - 0.3 if case["seed"] % 2 else scale
+    pool = case["pool"] or []
+    if pool and min(sums_size(case)[i] + 2 * pool[4 + i] - pool[i] for i in range(2)) < 0:
+        pool = []
     geometry = {name: case[name] for name in ("stride", "padding", "dilation")}
     wanted = expected(x, weight, scale, bias, 40.0, case["zero"], **geometry)
+    if pool:
+        wanted = F.max_pool2d(wanted, pool[:2], pool[2:4], pool[4:])
     wanted = wanted.relu() if case["relu"] else wanted
     layout, offset = kernels.prepare_int8(weight, case["zero"], case["dilation"][1])
     before = torch.get_num_threads()
@@ -69,7 +88,7 @@ def test_convolutions_on_every_instruction_set(case: dict[str, Any]) -> None:
             with kernels.using(isa):
                 y = ops.int8_conv2d(
                     x, layout, offset, scale, bias, 40.0, case["zero"], case["outputs"], case["kernel"],
-                    *geometry.values(), case["relu"],
+                    *geometry.values(), pool, case["relu"],
                 )  # fmt: skip
             assert y.shape == wanted.shape
             assert torch.equal(y, wanted), isa
@@ -92,8 +111,9 @@ def test_linear_on_every_instruction_set(shape: tuple[int, ...], outputs: int) -
 
 def test_the_fake_kernels_know_shape_and_layout() -> None:
     layout, offset = kernels.prepare_int8(torch.ones(4, 3, 3, 3, dtype=torch.int8), 0)
-    arguments = (layout, offset, torch.ones(4), None, 1.0, 0, 4, [3, 3], [2, 2], [1, 1], [1, 1], False)
-    torch.library.opcheck(ops.int8_conv2d.default, (torch.randn(2, 3, 9, 8), *arguments))
+    for pool in ([], [3, 2, 2, 2, 1, 0]):
+        arguments = (layout, offset, torch.ones(4), None, 1.0, 0, 4, [3, 3], [2, 2], [1, 1], [1, 1], pool, False)
+        torch.library.opcheck(ops.int8_conv2d.default, (torch.randn(2, 3, 9, 8), *arguments))
     layout, offset = kernels.prepare_int8(torch.ones(4, 6, dtype=torch.int8), 0)
     torch.library.opcheck(
         ops.int8_linear.default, (torch.randn(5, 6), layout, offset, torch.ones(4), None, 1.0, 0, 4, True)
@@ -106,7 +126,7 @@ def call(**changes: Any) -> Tensor:
     given: dict[str, Any] = {
         "x": torch.randn(1, 3, 8, 8), "weights": layout, "offset": offset, "scale": torch.ones(4), "bias": None,
         "inverse": 1.0, "zero": 0, "out_channels": 4, "kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0],
-        "dilation": [1, 1], "relu": False,
+        "dilation": [1, 1], "pool": [], "relu": False,
     }  # fmt: skip
     y: Tensor = ops.int8_conv2d(*(given | changes).values())
     return y
@@ -125,6 +145,11 @@ def call(**changes: Any) -> Tensor:
         ({"inverse": 0.0}, "out of range"),
         ({"stride": [0, 1]}, "out of range"),
         ({"weights": torch.zeros(4)}, "1-D int8"),
+        ({"pool": [3, 3]}, "six numbers"),
+        ({"pool": [3, 3, 1, 1, 2, 0]}, "six numbers"),
+        ({"pool": [17, 3, 1, 1, 0, 0]}, "six numbers"),
+        ({"pool": [3, 7, 1, 1, 0, 0]}, "too small"),
+        ({"pool": [3, 3, 0, 1, 0, 0]}, "out of range"),
         ({"weight": torch.ones(4, 3, 3, 3)}, "int8"),
     ],
 )
