@@ -1,8 +1,8 @@
 // Convolution by tables: images are dealt out to threads in bands of output rows and slices of outputs.
 //
-// A band goes from output row to output row. The tables of the input rows in sight are kept in a ring. A few groups at a
-// time, as many as add up in a byte, tables of new rows are made and all sums of the output row are taken further: the
-// tables of a few groups, the weights of these and the sums fit the L1 cache.
+// A band takes a chunk of groups and a strip of columns at a time, and goes through them from output row to output row.
+// The tables of the input rows in sight are kept in a ring, which the L1 cache holds beside the weights of the chunk. The
+// sums of some rows, up to a part of the L2 cache, wait for the other chunks.
 #include "binary_table_avx512.h"
 
 #include "threads.h"
@@ -13,29 +13,59 @@ namespace {
 
 constexpr int64_t CODES_BYTES = 8 << 20;  // of the images that are computed together
 constexpr int64_t PIECE = 512;            // pixels that a thread quantises at a time
+constexpr int64_t PART_BYTES = 52 << 10;  // of tables and weights, about the L1 cache
+constexpr int64_t FEW_TILES = 2;          // of a strip
+constexpr int64_t SUMS_BYTES = 256 << 10;  // a part of the L2 cache
 constexpr int64_t WRITTEN = 112;          // pixels that are written together, whole vectors of 16 for many widths
 
-// Tables of three channels by their code: of the index bits 0..2, and of the bits 3..5.
-struct ThreeTables {
-    alignas(64) uint8_t low[64][64], high[64][64];
-    ThreeTables() {
-        for (int code = 0; code < 64; code++)
-            for (int j = 0; j < 64; j++) {
-                low[code][j] = high[code][j] = 0;
-                for (int i = 0; i < 3; i++) {
-                    const int level = code >> 2 * i & 3;
-                    low[code][j] = uint8_t(low[code][j] + (j >> i & 1) * level);
-                    high[code][j] = uint8_t(high[code][j] + (j >> (i + 3) & 1) * level);
-                }
-            }
+struct TableBytes {
+    alignas(64) uint8_t total[64] = {};     // of a code, the sum of its levels
+    alignas(64) uint8_t kept[64] = {};      // [j]: the levels of a code that the low three bits of j pick
+    alignas(64) uint8_t index[8][64] = {};  // [i]: 8 i to 8 i + 7, each eight times
+    constexpr TableBytes() {
+        for (int j = 0; j < 64; j++) {
+            total[j] = uint8_t((j & 3) + (j >> 2 & 3) + (j >> 4));
+            kept[j] = uint8_t((j & 1 ? 3 : 0) + (j & 2 ? 12 : 0) + (j & 4 ? 48 : 0));
+            for (int i = 0; i < 8; i++) index[i][j] = uint8_t(8 * i + j / 8);
+        }
     }
 };
+constexpr TableBytes TABLE_BYTES;
 
-// Filled at the first call: code of this file must not run while the library is loaded.
-const ThreeTables& three_tables() {
-    static const ThreeTables made;
-    return made;
-}
+// Codes -> tables, eight at a time.
+class TableMaker {
+public:
+    TableMaker() : total_(_mm512_load_si512(TABLE_BYTES.total)), kept_(_mm512_load_si512(TABLE_BYTES.kept)) {
+        FX_UNROLL
+        for (int i = 0; i < 8; i++) index_[i] = _mm512_load_si512(TABLE_BYTES.index[i]);
+    }
+    // By the codes of their first and of their other three channels, eight bytes each; the first `count` are stored,
+    // `step` bytes apart.
+    FX_INLINE void make(const uint8_t* low_codes, const uint8_t* high_codes, uint8_t* to, int64_t step,
+                        int64_t count) const {
+        const __m512i low = sums(low_codes), high = sums(high_codes);
+        if (count >= 8) {
+            FX_UNROLL
+            for (int i = 0; i < 8; i++) _mm512_store_si512(to + i * step, table(low, high, i));
+        } else {
+            for (int64_t i = 0; i < count; i++) _mm512_store_si512(to + i * step, table(low, high, int(i)));
+        }
+    }
+
+private:
+    // [code][8]: the sums of three levels by three bits of an index
+    FX_INLINE __m512i sums(const uint8_t* codes) const {
+        const __m512i eight = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+        const __m512i picked = _mm512_and_si512(_mm512_permutexvar_epi8(index_[0], eight), kept_);
+        return _mm512_permutexvar_epi8(picked, total_);
+    }
+    // Of an index, the low three bits come round eight times, and the high ones change every eight times.
+    FX_INLINE __m512i table(__m512i low, __m512i high, int i) const {
+        return _mm512_add_epi8(_mm512_permutexvar_epi64(_mm512_set1_epi64(i), low),
+                               _mm512_permutexvar_epi8(index_[i], high));
+    }
+    __m512i total_, kept_, index_[8];
+};
 
 // Output rows [top, bottom) and blocks of 64 outputs [first, last) of one image.
 class Band {
@@ -45,113 +75,178 @@ public:
     bool run();
 
 private:
+    // Tiles [begin, end) of a row, the output columns from x on, the tables from `column` on.
+    struct Strip {
+        int64_t begin, end, x, column, columns;
+    };
+
     const Job& job;
     const int64_t image, top, bottom, first, last;
     const BinaryCall& call = job.call;
     const BinaryLayout& layout = call.layout;
-    bool three;               // three taps side by side, nothing to be read beyond the padding of one
-    int64_t at_once, pieces;  // groups that add up in a byte; pieces of so many
-    int64_t step, columns;    // input columns from table to table; tables of a row
-    int64_t group_bytes, row_bytes, ring;
-    int64_t tiles, lines;     // tiles of an output row; rows that are written together
-    uint8_t* tables;          // [input row % ring][piece][group][column][64]
-    uint16_t* sums;           // [block - first][line][column][64]
-    int16_t* windows;         // [line][column]
-    int64_t* made;            // [input row % ring] which row's tables are there
+    bool three;                  // three taps side by side, nothing to be read beyond the padding of one
+    int64_t at_once, chunk;      // groups that add up in a byte; those whose tables are made together
+    int64_t step, column_step;   // input columns from table to table; tables from output to output
+    int64_t ring;                // rows of tables
+    int64_t group_bytes, row_bytes;
+    int64_t tiles, strips;       // of an output row
+    bool keeps_tables;           // whether they stay when the sums of some rows are done
+    int64_t lines;               // rows whose sums are held
+    uint8_t* tables;             // [input row % ring][group of the chunk][column of the strip][64]
+    uint16_t* sums;              // [block - first][line][column][64]
+    int16_t* windows;            // [line][column]
+    int64_t* made;               // [input row % ring] which row's tables are there
 
     bool plan();
-    int64_t input_row(int64_t y, int64_t ky) const { return y * call.stride[0] - call.padding[0] + ky * call.dilation[0]; }
+    int64_t part_bytes(int64_t pieces, int64_t strip_tiles) const;
+    void plan_parts();
+    int64_t columns_of(int64_t outputs) const;
+    int64_t tile_column(int64_t tile) const { return call.out_width * tile / tiles; }
+    int64_t input_row(int64_t y, int64_t ky) const {
+        return y * call.stride[0] - call.padding[0] + ky * call.dilation[0];
+    }
     bool is_inside(int64_t row) const { return row >= 0 && row < call.height; }
-    void compute(int64_t y, int64_t line);
-    void run_tiles(Tile* tile, int64_t piece, int64_t line) const;
-    void make_tables(int64_t row, int64_t piece) const;
-    void make_tables(int64_t row, int64_t group, uint8_t* to) const;
+    Strip strip_of(int64_t index) const;
+    void forget_tables();
+    void compute(int64_t y, int64_t line, int64_t group, const Strip& strip);
+    void run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip) const;
+    void make_tables(int64_t row, int64_t group, const Strip& strip) const;
+    void clear_tables(uint8_t* to, int64_t groups, int64_t count) const;
+    void make_inside(const uint8_t* codes, uint8_t* to, int64_t groups, int64_t pixels) const;
     void add_windows(int64_t y, int16_t* to) const;
+    void write_lines(int64_t y, int64_t count) const;
 };
+
+// Tables under `outputs` outputs side by side.
+int64_t Band::columns_of(int64_t outputs) const {
+    return ((outputs - 1) * call.stride[1] + (layout.kw - 1) * call.dilation[1]) / step + 1;
+}
 
 bool Band::plan() {
     three = layout.kw == 3 && call.stride[1] == 1 && call.dilation[1] == 1 && call.padding[1] <= 1;
     at_once = six_at_once(layout);
-    pieces = ceil_div(job.groups, at_once);
-    step = layout.kw == 1 ? call.stride[1] : 1;
-    columns = ((call.out_width - 1) * call.stride[1] + (layout.kw - 1) * call.dilation[1]) / step + 1;
-    group_bytes = columns * 64, row_bytes = job.groups * group_bytes;
+    step = layout.kw == 1 ? call.stride[1] : 1, column_step = call.stride[1] / step;
     ring = (layout.kh - 1) * call.dilation[0] + 1;
     tiles = ceil_div(call.out_width, MOST_COLUMNS);
-    lines = least(bottom - top, ceil_div(WRITTEN, call.out_width));
+    plan_parts();
     tables = static_cast<uint8_t*>(scratch(SLOT_CONV_IMAGE, size_t(ring * row_bytes)));
     sums = static_cast<uint16_t*>(scratch(SLOT_CONV_ROWS, size_t((last - first) * lines * call.out_width * 128)));
     void* found = scratch(SLOT_CONV_EXACT, size_t(ring) * sizeof(int64_t) + size_t(lines * call.out_width + 64) * 2);
     if (!tables || !sums || !found) return false;
     made = static_cast<int64_t*>(found);
     windows = reinterpret_cast<int16_t*>(made + ring);
-    for (int64_t i = 0; i < ring; i++) made[i] = -1;
+    forget_tables();
     return true;
 }
 
-void Band::make_tables(int64_t row, int64_t piece) const {
-    const int64_t begin = piece * at_once, end = least(job.groups, begin + at_once);
-    uint8_t* to = tables + row % ring * row_bytes + begin * group_bytes;
-    for (int64_t group = begin; group < end; group++, to += group_bytes) make_tables(row, group, to);
+// Bytes of the tables and the weights that a strip of so many tiles goes through for each output row.
+int64_t Band::part_bytes(int64_t pieces, int64_t strip_tiles) const {
+    const int64_t width = least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles));
+    return pieces * at_once * 64 * (ring * columns_of(width) + (last - first) * layout.taps());
 }
 
-// Tables of one group and the columns of an input row; those of the padding are zeros, which three taps never read.
-void Band::make_tables(int64_t row, int64_t group, uint8_t* to) const {
-    const ThreeTables& known = three_tables();
-    const int64_t left = ceil_div(call.padding[1], step);
-    const int64_t begin = least(columns, left), shift = left * step - call.padding[1];
-    const int64_t inside = call.width <= shift ? 0 : ceil_div(call.width - shift, step);
-    const int64_t end = least(columns, begin + inside);
+// As many groups at a time as leave room for a strip of a few tiles, then strips as wide as there is room for; as many
+// rows as their sums may take.
+void Band::plan_parts() {
+    const int64_t pieces = ceil_div(job.groups, at_once), few = least(tiles, FEW_TILES);
+    int64_t chunk_pieces = 1, strip_tiles = few;
+    while (chunk_pieces < pieces && part_bytes(chunk_pieces + 1, few) <= PART_BYTES) chunk_pieces++;
+    chunk_pieces = ceil_div(pieces, ceil_div(pieces, chunk_pieces));
+    while (strip_tiles < tiles && part_bytes(chunk_pieces, strip_tiles + 1) <= PART_BYTES) strip_tiles++;
+    strips = ceil_div(tiles, strip_tiles), strip_tiles = ceil_div(tiles, strips);
+    chunk = least(chunk_pieces * at_once, job.groups);
+    group_bytes = columns_of(least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles))) * 64;
+    row_bytes = chunk * group_bytes;
+    keeps_tables = strips == 1 && chunk == job.groups;
+    const int64_t rows = bottom - top, written = ceil_div(WRITTEN, call.out_width);
+    const int64_t held = SUMS_BYTES / ((last - first) * call.out_width * 128);
+    lines = least(rows, keeps_tables ? written : most(written, held));
+    lines = ceil_div(rows, ceil_div(rows, lines));
+}
+
+Band::Strip Band::strip_of(int64_t index) const {
+    const int64_t begin = tiles * index / strips, end = tiles * (index + 1) / strips, x = tile_column(begin);
+    return {begin, end, x, x * column_step, columns_of(tile_column(end) - x)};
+}
+
+void Band::forget_tables() {
+    for (int64_t i = 0; i < ring; i++) made[i] = -1;
+}
+
+// Tables of an input row and the groups of a chunk from `group` on; those of the padding are zeros, which three taps
+// never read.
+void Band::make_tables(int64_t row, int64_t group, const Strip& strip) const {
+    const int64_t groups = least(chunk, job.groups - group), padding = call.padding[1];
+    const int64_t stop = strip.column + strip.columns;
+    const int64_t begin = least(stop, most(strip.column, ceil_div(padding, step)));
+    const int64_t end = most(begin, least(stop, ceil_div(call.width + padding, step)));
+    uint8_t* const to = tables + row % ring * row_bytes;
     if (!three) {
-        for (uint8_t* at = to; at < to + begin * 64; at += 64) _mm512_store_si512(at, _mm512_setzero_si512());
-        for (uint8_t* at = to + end * 64; at < to + columns * 64; at += 64)
-            _mm512_store_si512(at, _mm512_setzero_si512());
+        clear_tables(to, groups, begin - strip.column);
+        clear_tables(to + (end - strip.column) * 64, groups, stop - end);
     }
+    const uint8_t* const codes = job.codes_of(image) + (row * call.width + begin * step - padding) * job.pixel_step() +
+                                 group * job.code_step();
+    make_inside(codes, to + (begin - strip.column) * 64, groups, end - begin);
+}
+
+void Band::clear_tables(uint8_t* to, int64_t groups, int64_t count) const {
+    for (int64_t group = 0; group < groups; group++, to += group_bytes)
+        for (int64_t i = 0; i < count; i++) _mm512_store_si512(to + i * 64, _mm512_setzero_si512());
+}
+
+// Tables of pixels, from codes that lie side by side: of eight pixels or of eight groups.
+void Band::make_inside(const uint8_t* codes, uint8_t* to, int64_t groups, int64_t pixels) const {
+    const TableMaker maker;
     const int64_t other = job.groups * job.code_step(), next = step * job.pixel_step();
-    const uint8_t* codes =
-        job.codes_of(image) + (row * call.width + shift) * job.pixel_step() + group * job.code_step();
-    uint8_t *at = to + begin * 64, *const stop = to + end * 64;
-        for (; at < stop; at += 64, codes += next)
-        _mm512_store_si512(
-            at, _mm512_add_epi8(_mm512_load_si512(known.low[codes[0]]), _mm512_load_si512(known.high[codes[other]])));
-}
-
-// The sums of output row y.
-void Band::compute(int64_t y, int64_t line) {
-    Tile tile{};
-    tile.kw = layout.kw, tile.group_bytes = group_bytes;
-    tile.tap_bytes = layout.kw == 1 ? 0 : call.dilation[1] * 64;
-    tile.column_bytes = call.stride[1] / step * 64;
-    int64_t taps[TABLE_ROWS], rows[TABLE_ROWS];  // kernel rows that lie in the image, and where
-    for (int64_t ky = 0; ky < layout.kh; ky++)
-        if (is_inside(input_row(y, ky))) taps[tile.rows] = ky, rows[tile.rows++] = input_row(y, ky);
-    for (int64_t i = 0; i < tile.rows; i++) tile.table_row[i] = rows[i] % ring * row_bytes;
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        tile.groups = least(at_once, job.groups - piece * at_once), tile.begins = piece == 0;
-        for (int64_t i = 0; i < tile.rows; i++) {
-            if (made[rows[i] % ring] != rows[i]) make_tables(rows[i], piece);
-            tile.weight_row[i] = taps[i] * tile.groups * layout.kw * 64;
-        }
-        run_tiles(&tile, piece, line);
+    if (!job.planar) {
+        for (int64_t p = 0; p < pixels; p++, codes += next, to += 64)
+            for (int64_t g = 0; g < groups; g += 8)
+                maker.make(codes + g, codes + other + g, to + g * group_bytes, group_bytes, groups - g);
+        return;
     }
-    for (int64_t i = 0; i < tile.rows; i++) made[rows[i] % ring] = rows[i];
+    for (int64_t group = 0; group < groups; group++, codes += job.code_step(), to += group_bytes)
+        for (int64_t p = 0; p < pixels; p += 8) {
+            if (next == 1) {
+                maker.make(codes + p, codes + other + p, to + p * 64, 64, pixels - p);
+                continue;
+            }
+            uint8_t found[2][8] = {};
+            for (int64_t i = 0; i < least(8, pixels - p); i++)
+                found[0][i] = codes[(p + i) * next], found[1][i] = codes[other + (p + i) * next];
+            maker.make(found[0], found[1], to + p * 64, 64, pixels - p);
+        }
 }
 
-// All columns and outputs of a piece; the tables of a tile stay in the L1 cache.
-void Band::run_tiles(Tile* tile, int64_t piece, int64_t line) const {
-    const int64_t begin = piece * at_once, block_words = lines * call.out_width * 64;
-    const int64_t block_bytes = tile->groups * layout.taps() * 64;
-    const uint8_t* const weights =
-        layout.payload + begin * ceil_div(layout.outputs, 64) * layout.taps() * 64 + first * block_bytes;
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t x = call.out_width * t / tiles, count = call.out_width * (t + 1) / tiles - x;
-        TileFunction* const run_tile = tile_function(count, three);
-        tile->tables = tables + begin * group_bytes + x * tile->column_bytes;
-        tile->left = x < call.padding[1], tile->right = x + count + 2 - call.padding[1] > call.width;
-        tile->weights = weights, tile->sums = sums + (line * call.out_width + x) * 64;
-        for (int64_t block = first; block < last; block++) {
+// What the groups of a chunk from `group` on add to the sums of a strip of output row y.
+void Band::compute(int64_t y, int64_t line, int64_t group, const Strip& strip) {
+    Tile tile{};
+    for (int64_t ky = 0; ky < layout.kh; ky++) {
+        const int64_t row = input_row(y, ky);
+        if (!is_inside(row)) continue;
+        if (made[row % ring] != row) make_tables(row, group, strip);
+        made[row % ring] = row;
+        tile.taps[tile.rows] = ky * layout.kw, tile.table_row[tile.rows++] = row % ring * row_bytes;
+    }
+    run_tiles(&tile, line, group, strip);
+}
+
+void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip) const {
+    tile->groups = least(chunk, job.groups - group), tile->at_once = at_once, tile->kw = layout.kw;
+    tile->group_bytes = group_bytes, tile->column_bytes = column_step * 64;
+    tile->tap_bytes = layout.kw == 1 ? 0 : call.dilation[1] * 64;
+    tile->group_weights = layout.taps() * 64;
+    const int64_t all_weights = ceil_div(layout.outputs, 64) * tile->group_weights;  // of a group
+    tile->weights = layout.payload + group * all_weights, tile->piece_weights = at_once * all_weights;
+    tile->begins = group == 0;
+    for (int64_t t = strip.begin; t < strip.end; t++) {
+        const int64_t x = tile_column(t), count = tile_column(t + 1) - x;
+        const bool left = x >= call.padding[1], right = x + count + 2 - call.padding[1] <= call.width;
+        TileFunction* const run_tile = tile_function(count, three, left, right);
+        tile->tables = tables + (x - strip.x) * tile->column_bytes;
+        for (tile->block = first; tile->block < last; tile->block++) {
+            tile->sums = sums + (((tile->block - first) * lines + line) * call.out_width + x) * 64;
             run_tile(*tile);
-            tile->weights += block_bytes, tile->sums += block_words;
         }
     }
 }
@@ -174,16 +269,26 @@ void Band::add_windows(int64_t y, int16_t* to) const {
     }
 }
 
+// The sums of `count` rows from output row y on -> y; as many pixels at a time as the L1 cache holds.
+void Band::write_lines(int64_t y, int64_t count) const {
+    for (int64_t line = 0; line < count; line++) add_windows(y + line, windows + line * call.out_width);
+    const int64_t pixels = count * call.out_width;
+    for (int64_t p = 0; p < pixels; p += WRITTEN)
+        write({job, image, y * call.out_width + p, least(WRITTEN, pixels - p), first, last, sums + p * 64,
+               lines * call.out_width * 64, windows + p});
+}
+
 bool Band::run() {
     if (!plan()) return false;
     for (int64_t y = top; y < bottom; y += lines) {
         const int64_t count = least(lines, bottom - y);
-        for (int64_t line = 0; line < count; line++) {
-            compute(y + line, line);
-            add_windows(y + line, windows + line * call.out_width);
-        }
-        write({job, image, y * call.out_width, count * call.out_width, first, last, sums, lines * call.out_width * 64,
-               windows});
+        for (int64_t group = 0; group < job.groups; group += chunk)
+            for (int64_t i = 0; i < strips; i++) {
+                const Strip strip = strip_of(i);
+                if (!keeps_tables) forget_tables();
+                for (int64_t line = 0; line < count; line++) compute(y + line, line, group, strip);
+            }
+        write_lines(y, count);
     }
     return true;
 }

@@ -40,20 +40,22 @@ bool find_codes(const Job& job, int64_t image, int64_t begin, int64_t end);
 
 constexpr int64_t MOST_COLUMNS = 8;  // output pixels of a tile
 
-// Sums of `columns` pixels and 64 outputs over a few groups and all kernel rows that lie in the image.
+// Sums of `columns` pixels and 64 outputs over some pieces of groups and all kernel rows that lie in the image.
 struct Tile {
-    const uint8_t *tables, *weights;  // of the first group and tap; weights [group][kx][64]
-    int64_t rows, groups, kw;
-    int64_t table_row[TABLE_ROWS], weight_row[TABLE_ROWS];  // where those of a kernel row begin
-    int64_t group_bytes, tap_bytes, column_bytes;  // steps in `tables`
-    bool left, right;  // whether the first, the last of columns + 2 tables lies in the padding (three taps side by side)
+    const uint8_t *tables, *weights;  // of the first group; weights of the first piece of all outputs
+    int64_t rows, groups, at_once, kw;  // groups in all and of a piece
+    int64_t table_row[TABLE_ROWS], taps[TABLE_ROWS];  // where the tables of a kernel row begin; its first tap
+    int64_t group_bytes, tap_bytes, column_bytes;     // steps in `tables`
+    int64_t group_weights, piece_weights;  // bytes of a group and 64 outputs, and of a piece and all outputs
+    int64_t block;     // of 64 outputs
     bool begins;       // whether these are the first groups: what `sums` held does not count
     uint16_t* sums;    // [pixel]: 32 words S[o] + 256 S[o + 32] for the outputs o = 0..31, 32 words S[o + 32]
 };
 using TileFunction = void(const Tile& tile);
 
-// `three`: kw is 3 and the taps, like the columns, lie side by side.
-TileFunction* tile_function(int64_t columns, bool three);
+// `three`: kw is 3 and the taps, like the columns, lie side by side. Then `left` and `right` tell whether the first and
+// the last of columns + 2 tables count, which lie in the padding if they do not.
+TileFunction* tile_function(int64_t columns, bool three, bool left, bool right);
 
 // Sums of the pixels [place, place + pixels) of an image -> y.
 struct Finished {

@@ -117,6 +117,31 @@ def test_convolution_equals_float64(isa: str, case: dict[str, Any]) -> None:
     assert levels.numel() == 0 or levels.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size", "kernel", "stride", "dilation"),
+    [
+        (150, 600, (12, 40), 3, 1, 1),  # strips of columns, chunks of groups, sums of some rows
+        (150, 70, (9, 61), 3, 2, 1),
+        (150, 70, (11, 61), 5, 1, 2),
+        (300, 70, (9, 61), 1, 2, 1),
+        (20, 10, (40, 61), 3, 1, 1),
+    ],
+)
+def test_large_images_are_taken_in_parts(
+    last: bool, channels: int, outputs: int, size: tuple[int, int], kernel: int, stride: int, dilation: int
+) -> None:
+    torch.manual_seed(0)
+    form = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(1, channels, *size).contiguous(memory_format=form)
+    plus, padding = signs(outputs, channels, kernel, kernel), [kernel // 2] * 2
+    ends = [stride] * 2, padding, [dilation] * 2
+    y = ops.binary_conv2d(
+        x, layouts.pack(layouts.SIX, plus), torch.ones(outputs), None, THRESHOLDS, outputs, [kernel] * 2, *ends, 1
+    )
+    assert torch.equal(y.double(), F.conv2d(quantized(x.contiguous()), plus.double() * 2 - 1, None, *ends))
+
+
 @pytest.mark.parametrize("isa", kernels.isas())
 @settings(max_examples=40, deadline=None)
 @given(
