@@ -34,6 +34,8 @@ def rounded(x: Tensor) -> Tensor:
 
 def weight_steps(weight: Tensor) -> Tensor:
     """Step of the grid of each output, (out,): the largest |w| becomes 127; 1 where all are zero, or nearly."""
+    if weight.is_meta:  # there are no numbers; asking torch for them all the same would import its compiler
+        return weight.new_empty(len(weight))
     return _usable(weight.detach().flatten(1).abs().amax(1) / LARGEST)
 
 

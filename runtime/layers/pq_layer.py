@@ -61,12 +61,15 @@ class PQLayer(nn.Module):
         self._prepared: _Prepared | None = None
         count = subspaces(inputs, subspace)
         self.codebook = nn.Parameter(torch.empty(count, codewords, subspace))
-        self.register_buffer("indices", torch.randint(codewords, (taps, count, outputs), dtype=torch.uint8))
+        self.register_buffer("indices", torch.empty(taps, count, outputs, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self._reset(inputs, taps)
 
     def _reset(self, inputs: int, taps: int) -> None:
         """Values of the scale that torch.nn gives to linear layers and convolutions; the indices are random."""
+        if self.codebook.is_meta:  # there are no numbers; asking torch for them all the same would import its compiler
+            return
+        self.indices.random_(self.codewords)
         bound = (inputs * taps) ** -0.5
         with torch.no_grad():
             self.codebook.uniform_(-bound, bound)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from fxpress.runtime.fxp import bits
 from fxpress.runtime.fxp.checks import FormatError
 from fxpress.runtime.fxp.examples import Drawn, describe_example, read_drawn
 from fxpress.runtime.fxp.quantized import by_frequency, decode_layer, encode_layer
-from fxpress.runtime.layers import PQConv2d, PQLayer, PQLinear
+from fxpress.runtime.layers import Int8Conv2d, PQConv2d, PQLayer, PQLinear
 from fxpress.runtime.layers.pq_codebook import decode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -494,3 +496,22 @@ def test_files_of_version_1_are_read(tmp_path: Path) -> None:
     write({**header, "__metadata__": {**header["__metadata__"], "report": "{}"}})
     with pytest.raises(ArtifactError, match="checksum"):
         load(tmp_path / "old.fxp")
+
+
+FRESH = """
+import sys, fxpress
+network = fxpress.load(sys.argv[1])
+slow = ("torch._dynamo", "torch._inductor", "sympy", "scipy.stats", "sklearn")
+loaded = [name for name in slow if name in sys.modules]
+print(loaded, *network.graph.module.state_dict())
+"""
+
+
+def test_loading_in_a_fresh_process_imports_no_compiler_of_torch(tmp_path: Path) -> None:
+    """It would take seconds, and 200 MB more than the network."""
+    conv = Int8Conv2d(6, 4, 3)
+    conv.observe(torch.randn(2, 6, 5, 5))
+    save(tmp_path / "m.fxp", graph_of(PQConv2d(6, 6, 1, subspace=2, codewords=8).eval(), conv.eval()))
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "m.fxp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ")

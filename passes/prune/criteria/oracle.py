@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from ....ir.cut import Cut
@@ -184,4 +183,6 @@ def _correlate(groups: Groups, scores: FloatArray, true: FloatArray) -> tuple[fl
 def _spearman(one: FloatArray, other: FloatArray) -> float:
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return 0.0
+    from scipy.stats import spearmanr  # slow to load, and every pass is loaded with its neighbours
+
     return float(spearmanr(one, other).statistic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 from torch import Tensor
 
 from ....ir.errors import OptionError
@@ -49,6 +48,8 @@ def rank_correlation(student_logits: Tensor, teacher_logits: Tensor, targets: Te
     Raises:
         OptionError: shapes that do not fit.
     """
+    from scipy import stats  # takes 60 MB and a second, which `fxpress.load` would have to wait for
+
     student, teacher = _others(student_logits, teacher_logits, targets)
     ranks = [stats.rankdata(one.cpu().numpy(), axis=1) for one in (student, teacher)]
     one, two = (rank - rank.mean(1, keepdims=True) for rank in ranks)
