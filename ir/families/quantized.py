@@ -57,7 +57,7 @@ def product_quantized_convolution(labels: Labels, node: fx.Node, layer: Any, pat
     fresh = labels.atoms_vector(shape[channel] // layer.groups)
     written = fresh.repeat(layer.groups) if layer.groups > 1 else fresh
     _write(labels, layer, path, written)
-    _count(labels, node, layer, x.shape, shape, (spaces, fresh))
+    _count(labels, node, layer, x.shape, layer.sums_shape(x.shape), (spaces, fresh))
     return along(written, channel, shape)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from ...ir.graph import Graph
 from ...ir.verify import prove_equal
 from ...runtime.layers import HalfWaveQuantizer, Int8Layer
+from ...runtime.layers.pq_layer import PQLayer
 from ..base import EXACT, LOSSY, Context, Pass, PassResult, Semantics
 from ..batch import example_batch
 from ..clone import clone_graph
@@ -16,7 +17,7 @@ from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
 from .binary import pack_binary, settle_latent
 from .binary_proof import prove_folded
-from .int8_ends import fuse_ends
+from .ends import fuse_ends
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
 
@@ -47,8 +48,9 @@ class Emit(Pass):
     networks can differ by such levels. Binary layers that no packed network can hold keep their place, and a file
     keeps their weights as bits too.
 
-    8-bit layers compute with whole numbers from here on; a batch norm behind one goes into the steps of its weights,
-    and a ReLU or a max pool that alone reads it becomes a part of it.
+    8-bit layers compute with whole numbers from here on; a batch norm behind one goes into the steps of its weights. A
+    ReLU or a max pool that alone reads an 8-bit layer becomes a part of it, and so does a ReLU that reads a product-
+    quantized one by table, and a max pool behind that.
 
     The result is an `fx.GraphModule` of plain layers in evaluation mode: it can still be trained, exported with
     `torch.export`, compiled with `torch.compile` and frozen.
@@ -90,10 +92,14 @@ class Emit(Pass):
             )
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
-        result.notes += fuse_ends(graph, self.name).notes()  # before they become parts of packed networks
+        ends = fuse_ends(graph, self.name)  # before they become parts of packed networks
         self._pack(graph, context, result)
         result.proven = levels
-        self._tell(self._lay_out(graph, context), result)
+        choice = self._lay_out(graph, context)
+        ends = ends.and_more(fuse_ends(graph, self.name))  # product-quantized layers know now whether they run by table
+        _prepare(graph)
+        result.notes += ends.notes()
+        self._tell(choice, result)
         return result
 
     def _pack(self, graph: Graph, context: Context, result: PassResult) -> None:
@@ -109,17 +115,20 @@ class Emit(Pass):
 
     def _lay_out(self, graph: Graph, context: Context) -> Choice:
         batch = example_batch(graph, context.inputs)
-        choice = choose_layout(graph, self.layout, batch, self.kernels, self.tables)
-        for layer in graph.module.eval().modules():
-            if isinstance(layer, Int8Layer):
-                layer.prepare()
-        return choice
+        return choose_layout(graph, self.layout, batch, self.kernels, self.tables)
 
     def _tell(self, choice: Choice, result: PassResult) -> None:
         result.notes += [*notes_of(choice.kernels), f"engine torch, {choice.reason}"]
         result.metrics |= {"engine": "torch", "layout": choice.layout, "channels_last_ratio": choice.ratio}
         if choice.kernels:
             result.metrics["kernels"] = metrics_of(choice.kernels)
+
+
+def _prepare(graph: Graph) -> None:
+    """So that torch.export and torch.compile see the layers as they run."""
+    for layer in graph.module.eval().modules():
+        if isinstance(layer, Int8Layer | PQLayer):
+            layer.prepare()
 
 
 def remove_dropout(graph: Graph, author: str) -> int:

@@ -2,9 +2,9 @@
 
 Importing the package registers the operators:
 
-    torch.ops.fxpress.pq_linear(x, codebook, layout, bias, out_features, tables) -> (…, out)
+    torch.ops.fxpress.pq_linear(x, codebook, layout, bias, out_features, tables, relu) -> (…, out)
     torch.ops.fxpress.pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation,
-                                groups, tables) -> (N, out, Ho, Wo)
+                                groups, tables, relu, pool) -> (N, out, Ho, Wo)
 
 x and codebook (M, K, d) are float32, `layout` comes from `prepare_linear` or `prepare_conv2d`, bias may be None, tables
 is "fp32", "int16" or "int8" (`reference.py` has the formulas). No gradients: a layer that trains decodes its weight.
@@ -13,7 +13,7 @@ Layers with one-bit weights: `binary_conv2d`, `binary_linear`, and both with lev
 whole networks of them in one call: `binary_network` (`network_ops.py`).
 
 Layers hold an operator with everything but x bound to it (`bound.py`), for example
-`BoundPQLinear(codebook, layout, bias, out_features, tables)`, and call that.
+`BoundPQLinear(codebook, layout, bias, out_features, tables, relu)`, and call that.
 """
 
 from .binary_ops import BoundBinaryConv2d as BoundBinaryConv2d

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,17 +16,21 @@ from . import reference
 from .bound import Bound, Output, image_form, pointer, register
 
 _TABLES = ("fp32", "int16", "int8")
-_LINEAR = struct.Struct("3P7q2i")
-_CONV = struct.Struct("3P20q3i")
+_LINEAR = struct.Struct("3P7q3i")
+_CONV = struct.Struct("3P26q4i")
 
 
 class _BoundPQ(Bound):
-    """Both operators: their arguments begin with codebook, layout, bias, number of outputs."""
+    """Both operators: their arguments begin with codebook, layout, bias, number of outputs; the last have defaults."""
+
+    _count: ClassVar[int]
+    """Of arguments without a default: `relu` is the first that has one."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._codebook, self._layout, self._bias, self._outputs = arguments[:4]
-        self._tables: str = arguments[-1]
+        self._tables: str = arguments[self._count - 1]
+        self._relu: bool = arguments[self._count] if len(arguments) > self._count else False
         self._held: list[Any] = []
 
     def _check(self, x: Tensor, inputs: int) -> None:
@@ -59,9 +63,9 @@ class _BoundPQ(Bound):
 
 
 class BoundPQLinear(_BoundPQ):
-    """pq_linear(x, codebook, layout, bias, out_features, tables)."""
+    """pq_linear(x, codebook, layout, bias, out_features, tables, relu)."""
 
-    name, function = "pq_linear", "fxpress_pq_linear"
+    name, function, _count = "pq_linear", "fxpress_pq_linear", 5
 
     def output(self, x: Tensor) -> Output:
         """(…, in) → (…, out)."""
@@ -78,7 +82,7 @@ class BoundPQLinear(_BoundPQ):
         """`FxpressPQLinear` in csrc/pq_linear.cpp."""
         pointers, dims_major = self._pointers()
         sizes = math.prod(output.shape[:-1]), x.shape[-1], *self._codebook.shape, self._layout.numel(), self._outputs
-        return _LINEAR.pack(*pointers, *sizes, dims_major, _TABLES.index(self._tables))
+        return _LINEAR.pack(*pointers, *sizes, dims_major, _TABLES.index(self._tables), self._relu)
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
@@ -86,12 +90,17 @@ class BoundPQLinear(_BoundPQ):
 
 
 class BoundPQConv2d(_BoundPQ):
-    """pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables)."""
+    """pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables, relu,
+    pool).
 
-    name, function = "pq_conv2d", "fxpress_pq_conv2d"
+    `pool` is empty, or kernel, stride and padding of a max pool of the rectified outputs, two numbers each.
+    """
+
+    name, function, _count = "pq_conv2d", "fxpress_pq_conv2d", 10
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._pool: Sequence[int] = arguments[11] if len(arguments) > 11 else ()
         self._window: Sequence[Sequence[int]] = arguments[4:8]
         self._groups: int = arguments[8]
 
@@ -101,12 +110,29 @@ class BoundPQConv2d(_BoundPQ):
             given = f"x {tuple(x.shape)} and {self._outputs} outputs"
             raise KernelError(f"{given} do not make {self._groups} groups of (N, C, H, W) images")
         self._check(x, x.shape[1] // self._groups)
-        edges = zip(x.shape[2:], *self._window, strict=True)
-        size = [(edge + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for edge, kernel, step, pad, gap in edges]
+        size = self._convolved(x)
         if any(edge < 1 for edge in size):
             kernel = tuple(self._window[0])
             raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {kernel}")
-        return Output((x.shape[0], self._outputs, *size), form=image_form(x))
+        return Output((x.shape[0], self._outputs, *self._pooled(size)), form=image_form(x))
+
+    def _convolved(self, x: Tensor) -> list[int]:
+        """Height and width of the outputs before the pool."""
+        edges = zip(x.shape[2:], *self._window, strict=True)
+        return [(edge + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for edge, kernel, step, pad, gap in edges]
+
+    def _pooled(self, size: list[int]) -> list[int]:
+        if not self._pool:
+            return size
+        if len(self._pool) != 6 or not self._relu:
+            raise KernelError(
+                f"pool is {list(self._pool)} and relu {self._relu}", hint="A pool needs six numbers, relu"
+            )
+        windows = list(zip(size, self._pool[:2], self._pool[2:4], self._pool[4:], strict=True))
+        for edge, kernel, step, pad in windows:
+            if not (0 <= 2 * pad <= kernel <= edge + 2 * pad and step >= 1 <= kernel):
+                raise KernelError(f"A max pool of {list(self._pool)} does not fit {tuple(size)} pixels")
+        return [(edge + 2 * pad - kernel) // step + 1 for edge, kernel, step, pad in windows]
 
     def in_form(self, x: Tensor) -> torch.memory_format:
         """That of x."""
@@ -116,9 +142,10 @@ class BoundPQConv2d(_BoundPQ):
         """`FxpressPQConv2d` in csrc/pq_conv.cpp."""
         pointers, dims_major = self._pointers()
         window = (number for pair in self._window for number in pair)
-        sizes = *x.shape, *output.shape[1:], *window, self._groups, *self._codebook.shape
-        last = output.form == torch.channels_last
-        return _CONV.pack(*pointers, self._layout.numel(), *sizes, last, dims_major, _TABLES.index(self._tables))
+        sizes = *x.shape, self._outputs, *self._convolved(x), *window, self._groups, *self._codebook.shape
+        pool = self._pool or (0,) * 6
+        flags = output.form == torch.channels_last, dims_major, _TABLES.index(self._tables), self._relu
+        return _CONV.pack(*pointers, self._layout.numel(), *sizes, *pool, *flags)
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
@@ -126,10 +153,11 @@ class BoundPQConv2d(_BoundPQ):
 
 
 register(
-    "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_features, str tables) -> Tensor", BoundPQLinear
+    "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_features, str tables, bool relu=False) -> Tensor",
+    BoundPQLinear,
 )
 register(
     "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_channels, int[2] kernel_size, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups, str tables) -> Tensor",
+    "int[2] padding, int[2] dilation, int groups, str tables, bool relu=False, int[] pool=[]) -> Tensor",
     BoundPQConv2d,
 )

@@ -17,6 +17,7 @@ NaN inputs give what decode-and-compute gives.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -81,7 +82,13 @@ def quantize(table: Tensor, top: int) -> Quantized:
 
 
 def pq_linear(
-    x: Tensor, codebook: Tensor, layout: Tensor, bias: Tensor | None, out_features: int, tables: str
+    x: Tensor,
+    codebook: Tensor,
+    layout: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    tables: str,
+    relu: bool = False,
 ) -> Tensor:
     """(…, in) -> (…, out); the arguments are those of `torch.ops.fxpress.pq_linear`."""
     header, indices = layouts.unpack(layout)
@@ -97,7 +104,8 @@ def pq_linear(
         y = torch.where(q.exact[:, None], y, rounded)
     if bias is not None:
         y = y + bias
-    return y.reshape(*x.shape[:-1], out_features)
+    y = y.reshape(*x.shape[:-1], out_features)
+    return y.relu() if relu else y
 
 
 def _look_up(table: Tensor, indices: Tensor) -> Tensor:
@@ -122,6 +130,8 @@ def pq_conv2d(
     dilation: list[int],
     groups: int,
     tables: str,
+    relu: bool = False,
+    pool: Sequence[int] = (),
 ) -> Tensor:
     """(N, C, H, W) -> (N, out, Ho, Wo); the arguments are those of `torch.ops.fxpress.pq_conv2d`.
 
@@ -149,7 +159,9 @@ def pq_conv2d(
         else:
             images.append(_look_up_taps(tables_of(image, codebook), indices, *geometry))
     y = torch.cat(images)
-    return y if bias is None else y + bias[:, None, None]
+    y = y if bias is None else y + bias[:, None, None]
+    y = y.relu() if relu else y
+    return F.max_pool2d(y, list(pool[:2]), list(pool[2:4]), list(pool[4:])) if pool else y
 
 
 def _out_size(

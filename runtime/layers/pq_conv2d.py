@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
@@ -26,7 +27,9 @@ class PQConv2d(PQLayer):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in torch.nn.Conv2d.
-        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, as in `PQLayer`.
+        pool: kernel, stride and padding, (height, width) each, of a max pool behind the ReLU; empty for none. The layer
+            then gives what the pool does, and by table its own outputs are never written to memory as a whole.
+        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, `relu`, as in `PQLayer`.
 
     Raises:
         OptionError: a depthwise convolution, or a value out of its range.
@@ -34,7 +37,7 @@ class PQConv2d(PQLayer):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0,
-        dilation: Pair = 1, groups: int = 1, bias: bool = True, **options: Any,
+        dilation: Pair = 1, groups: int = 1, bias: bool = True, pool: Sequence[int] = (), **options: Any,
     ) -> None:  # fmt: skip
         _check(in_channels, out_channels, groups, padding)
         size = _pair(kernel_size)
@@ -42,6 +45,8 @@ class PQConv2d(PQLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = size, _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.pool = tuple(pool)
+        _check_pool(self.pool, self.relu)
 
     @classmethod
     def from_weights(cls, layer: nn.Conv2d, codebook: Tensor, indices: Tensor, /, **options: Any) -> PQConv2d:
@@ -50,7 +55,7 @@ class PQConv2d(PQLayer):
         Args:
             codebook: `(M, K, d)`; sizes are read from it.
             indices: `(taps, M, out)`, of any whole-number dtype.
-            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`.
+            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`, `relu`, `pool`.
 
         Raises:
             OptionError: a depthwise convolution, a padding mode other than zeros, or shapes that do not fit.
@@ -85,7 +90,20 @@ class PQConv2d(PQLayer):
     def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(N, in, H, W)` -> `(N, out, H', W')`, or both without N."""
         padding = self._even_padding()
-        return F.conv2d(self._padded(x), weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        x = self._padded(x)
+        return self.finish(F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What follows the sums: the ReLU and the pool, if the layer has them."""
+        y = super().finish(y)
+        return F.max_pool2d(y, self.pool[:2], self.pool[2:4], self.pool[4:]) if self.pool else y
+
+    def sums_shape(self, images: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the convolution's outputs, before a pool, for images (N, in, H, W) or (in, H, W)."""
+        added = self._both_sides() if isinstance(self.padding, str) else [2 * edge for edge in self.padding]
+        edges = zip(images[-2:], added, self.kernel_size, self.stride, self.dilation, strict=True)
+        size = [(n + more - gap * (kernel - 1) - 1) // step + 1 for n, more, kernel, step, gap in edges]
+        return (*images[:-3], self.out_channels, *size)
 
     def _looked_up(self, x: Tensor, tables: kernels.Bound) -> Tensor:
         x = self._padded(x)
@@ -94,7 +112,8 @@ class PQConv2d(PQLayer):
     def _bind(self, codebook: Tensor) -> kernels.Bound:
         layout = kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
         window = self.kernel_size, self.stride, self._even_padding(), self.dilation
-        return kernels.BoundPQConv2d(codebook, layout, self.bias, self.out_channels, *window, self.groups, self.tables)
+        sizes = self.out_channels, *window, self.groups
+        return kernels.BoundPQConv2d(codebook, layout, self.bias, *sizes, self.tables, self.relu, self.pool)
 
     def _both_sides(self) -> tuple[int, int]:
         """Rows and columns that a padding in words adds to both sides together."""
@@ -121,7 +140,8 @@ class PQConv2d(PQLayer):
         """The arguments, as `repr` shows them."""
         shape = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
         rest = f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
-        return f"{self.in_channels}, {self.out_channels}, {shape}, {rest}, {self._options_repr()}"
+        pool = f", pool={self.pool}" if self.pool else ""
+        return f"{self.in_channels}, {self.out_channels}, {shape}, {rest}, {self._options_repr()}{pool}"
 
 
 def _check(in_channels: int, out_channels: int, groups: int, padding: Pair | str) -> None:
@@ -136,4 +156,17 @@ def _check(in_channels: int, out_channels: int, groups: int, padding: Pair | str
         raise OptionError(f"padding is {padding!r}; allowed: numbers, 'same', 'valid'")
 
 
-register_layer(PQConv2d, (*_SHAPE, *OPTIONS), ("bias",), ATTRIBUTES)
+def _check_pool(pool: tuple[int, ...], relu: bool) -> None:
+    if not pool:
+        return
+    whole = len(pool) == 6 and all(type(number) is int for number in pool)
+    if not whole or min(pool[:4]) < 1 or any(not 0 <= 2 * pool[4 + i] <= pool[i] for i in range(2)):
+        raise OptionError(
+            f"pool is {pool}; allowed: kernel, stride and padding, two whole numbers each",
+            hint="The padding is at most half the kernel.",
+        )
+    if not relu:
+        raise OptionError("pool asks for relu", hint="Leave the pool to a layer of its own.")
+
+
+register_layer(PQConv2d, (*_SHAPE, *OPTIONS, "pool"), ("bias",), ATTRIBUTES)

@@ -35,6 +35,7 @@ class PQLayer(nn.Module):
             `table` looks products of inputs and codewords up in tables and makes no weight at all. In training mode
             the weight is decoded; gradients in evaluation mode are those of the decoded weight.
         tables: numbers in these tables; fp32 is exact but for rounding.
+        relu: whether negative outputs become 0: a ReLU behind the layer costs nothing where its sums are written.
 
     Raises:
         OptionError: a value out of its range.
@@ -48,6 +49,7 @@ class PQLayer(nn.Module):
     def __init__(
         self, inputs: int, outputs: int, taps: int, bias: bool, *, subspace: int, codewords: int,
         codebook: Precision = "fp32", entropy: bool = False, kernel: Kernel = "decode", tables: Tables = "fp32",
+        relu: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(inputs, subspace, codewords)
@@ -58,6 +60,7 @@ class PQLayer(nn.Module):
         self.precision: Precision = codebook
         self.kernel: Kernel = kernel
         self.tables: Tables = tables
+        self.relu = relu
         self._prepared: _Prepared | None = None
         count = subspaces(inputs, subspace)
         self.codebook = nn.Parameter(torch.empty(count, codewords, subspace))
@@ -103,7 +106,7 @@ class PQLayer(nn.Module):
         return SIZES[self.precision] * self.codebook.numel() + scales + indices + bias
 
     def dense(self) -> nn.Module:
-        """The plain torch layer that computes the same, with a weight of its own."""
+        """The plain torch layer that computes the same before `finish`, with a weight of its own."""
         raise NotImplementedError
 
     def _take_over(self, plain: nn.Module) -> nn.Module:
@@ -116,6 +119,10 @@ class PQLayer(nn.Module):
     def fit(self, inputs: int, outputs: int) -> None:
         """State the sizes of tensors that were cut: inputs of one group, outputs of all."""
         raise NotImplementedError
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What follows the sums: the ReLU, if the layer has one."""
+        return y.relu() if self.relu else y
 
     # -- weights --------------------------------------------------------------------------------------------
 
@@ -193,7 +200,7 @@ class PQLayer(nn.Module):
         return parameters["codebook"], self._buffers["indices"], parameters.get("bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("codebook", "indices", "bias", "kernel", "tables", "precision"):
+        if name in ("codebook", "indices", "bias", "kernel", "tables", "precision", "relu", "pool"):
             self._prepared = None
         super().__setattr__(name, value)
 
@@ -235,7 +242,8 @@ class PQLayer(nn.Module):
     def _options_repr(self) -> str:
         shown = f"subspace={self.subspace}, codewords={self.codewords}, codebook={self.precision!r}"
         table = f", tables={self.tables!r}" if self.kernel == "table" else ""
-        return f"{shown}{', entropy=True' if self.entropy else ''}, kernel={self.kernel!r}{table}"
+        relu = ", relu=True" if self.relu else ""
+        return f"{shown}{', entropy=True' if self.entropy else ''}, kernel={self.kernel!r}{table}{relu}"
 
 
 class _Evaluation(torch.autograd.Function):
@@ -272,5 +280,5 @@ class _Prepared(NamedTuple):
     snapshot: Snapshot
 
 
-OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables")
+OPTIONS = ("subspace", "codewords", "codebook", "entropy", "kernel", "tables", "relu")
 ATTRIBUTES = {"codebook": "precision"}  # `layer.codebook` is the parameter

@@ -19,7 +19,7 @@ class PQLinear(PQLayer):
 
     Args:
         in_features, out_features, bias: as in torch.nn.Linear.
-        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, as in `PQLayer`.
+        **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, `relu`, as in `PQLayer`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
@@ -33,7 +33,7 @@ class PQLinear(PQLayer):
         Args:
             codebook: `(M, K, d)`; sizes are read from it.
             indices: `(1, M, out)`, of any whole-number dtype.
-            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`.
+            **options: `codebook` (what a file keeps), `entropy`, `kernel`, `tables`, `relu`.
         """
         sizes = {"subspace": codebook.shape[2], "codewords": codebook.shape[1]}
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, **sizes, **options)
@@ -61,11 +61,11 @@ class PQLinear(PQLayer):
 
     def _weighted(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(.., in)` -> `(.., out)`."""
-        return F.linear(x, weight, self.bias)
+        return self.finish(F.linear(x, weight, self.bias))
 
     def _bind(self, codebook: Tensor) -> kernels.Bound:
         layout = kernels.prepare_linear(self.indices, self.codewords, self.tables)
-        return kernels.BoundPQLinear(codebook, layout, self.bias, self.out_features, self.tables)
+        return kernels.BoundPQLinear(codebook, layout, self.bias, self.out_features, self.tables, self.relu)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

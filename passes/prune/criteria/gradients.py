@@ -68,7 +68,9 @@ def _dense(graph: Graph) -> Graph:
     layers = {str(node.target): twin.layer(node) for node in twin.nodes if node.op == "call_module"}
     for path, layer in layers.items():
         if isinstance(layer, PQLayer):
-            twin.module.set_submodule(path, layer.dense())
+            plain = layer.dense()
+            plain.register_forward_hook(lambda _module, _x, y, layer=layer: layer.finish(y))
+            twin.module.set_submodule(path, plain)
     return twin
 
 

@@ -27,6 +27,22 @@ bool fits(const ConvShape& s, const Layout& layout, int64_t book_subspaces, int6
            layout.subspaces == book_subspaces && layout.codewords == book_codewords;
 }
 
+// Sizes of y; false where a pool does not fit.
+bool size_pool(Call& call) {
+    ConvPool& pool = call.pool;
+    const int64_t from[] = {call.shape.out_height, call.shape.out_width};
+    int64_t* const to[] = {&pool.height, &pool.width};
+    for (int i = 0; i < 2; i++) *to[i] = from[i];
+    if (!pool.kernel[0]) return true;
+    for (int i = 0; i < 2; i++) {
+        const int64_t kernel = pool.kernel[i], padding = pool.padding[i];
+        if (kernel < 1 || kernel > from[i] + 2 * padding || pool.stride[i] < 1 || padding < 0 || padding > kernel / 2)
+            return false;
+        *to[i] = (from[i] + 2 * padding - kernel) / pool.stride[i] + 1;
+    }
+    return call.relu;
+}
+
 int check(Call& call) {
     ConvShape& s = call.shape;
     const int64_t limit = int64_t(1) << 31;
@@ -48,6 +64,10 @@ int check(Call& call) {
     if (!good) return fail(BAD_ARGUMENT, "The sizes of a convolution do not fit each other: %lld x %lld x %lld x %lld images, "
                            "%lld sub-spaces of width %lld", (long long)s.images, (long long)s.channels,
                            (long long)s.height, (long long)s.width, (long long)s.subspaces, (long long)s.subwidth);
+    if (!size_pool(call))
+        return fail(BAD_ARGUMENT, "A max pool of %lld x %lld does not fit %lld x %lld rectified outputs",
+                    (long long)call.pool.kernel[0], (long long)call.pool.kernel[1], (long long)s.out_height,
+                    (long long)s.out_width);
     const Layout& l = call.layout;
     if (!fits(s, l, s.subspaces, s.codewords))
         return fail(BAD_LAYOUT, "An index layout of %u taps, %u sub-spaces, %u code words, %u outputs and %u groups does not "
@@ -75,7 +95,7 @@ using RowsOf = bool (*)(const Image&, int64_t, int64_t);
 
 // One image: by this thread alone, or its rows by all of them.
 bool compute(Image& image, RowsOf rows, int threads) {
-    const int64_t height = image.call.shape.out_height;
+    const int64_t height = image.call.pool.height;
     const int64_t strips = threads == 1 ? 1 : least(height, 2 * threads);
     bool enough = true;
     parallel_for(threads, strips, [&](int64_t strip) {
@@ -123,7 +143,7 @@ int run(Call& call) {
 }  // namespace fx
 
 // x (images, channels, height, width) and y (images, outputs, ...), both contiguous or both channels-last (`last`); bias
-// may be null. pq_ops.py packs the same fields.
+// may be null. out_height and out_width are those of the convolution, before a pool. pq_ops.py packs the same fields.
 struct FxpressPQConv2d {
     FxpressCall call;
     const float* codebook;
@@ -133,7 +153,8 @@ struct FxpressPQConv2d {
     int64_t images, channels, height, width, outputs, out_height, out_width;
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     int64_t groups, subspaces, codewords, subwidth;
-    int32_t last, dims_major, tables;
+    int64_t pool_kernel[2], pool_stride[2], pool_padding[2];  // of a max pool behind the ReLU; kernel 0: none
+    int32_t last, dims_major, tables, relu;
 };
 
 FX_EXPORT int fxpress_pq_conv2d(const FxpressPQConv2d* layer) {
@@ -147,11 +168,13 @@ FX_EXPORT int fxpress_pq_conv2d(const FxpressPQConv2d* layer) {
     for (int i = 0; i < 2; i++) {
         s.kernel[i] = of.kernel[i], s.stride[i] = of.stride[i], s.padding[i] = of.padding[i];
         s.dilation[i] = of.dilation[i];
+        call.pool.kernel[i] = of.pool_kernel[i], call.pool.stride[i] = of.pool_stride[i];
+        call.pool.padding[i] = of.pool_padding[i];
     }
     s.groups = of.groups, s.subspaces = of.subspaces, s.codewords = of.codewords, s.subwidth = of.subwidth;
     call.x = static_cast<const float*>(of.call.x), call.y = static_cast<float*>(of.call.y);
     call.codebook = of.codebook, call.bias = of.bias, call.mode = of.tables, call.last = of.last != 0;
-    call.dims_major = of.dims_major != 0, call.threads = int(most(1, least(of.call.threads, 1024)));
+    call.relu = of.relu != 0, call.dims_major = of.dims_major != 0, call.threads = int(most(1, least(of.call.threads, 1024)));
     if (int status = check(call)) return status;
     call.kernels = kernels_of(of.call.isa);
     if (!s.images) return OK;

@@ -27,6 +27,21 @@ struct ConvShape {
     int64_t group_channels, group_outputs;
 };
 
+// A max pool of rectified outputs: kernel (0: there is none), stride, padding; height and width of y.
+struct ConvPool {
+    int64_t kernel[2], stride[2], padding[2];
+    int64_t height, width;
+};
+
+// One row of a pool, BLOCK channels.
+struct PoolJob {
+    const float* const* rows;  // [row_count][width][BLOCK] rectified: no number is negative
+    int64_t row_count, width;
+    int64_t kernel, stride, padding;  // of columns
+    float* y;                         // [pixel * y_stride + channel]
+    int64_t pixels, y_stride, channels;
+};
+
 // How tables and indices lie in memory. A term is `gang` neighbouring sub-spaces whose tables one instruction reads.
 struct ConvTables {
     int64_t gang;         // sub-spaces per term: 1, 2 or 4
@@ -106,7 +121,9 @@ struct ConvKernels {
     void (*decode)(const ConvTables* tables, const uint8_t* acc, int64_t pixels, int32_t* sums, int add);
     // (sums + high * 128 - constant) * unit + bias -> y[pixel * stride + channel]; high may be nullptr
     void (*finish)(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, float* y, int64_t stride, int64_t channels);
+                   const float* bias, int relu, float* y, int64_t stride, int64_t channels);
+    // the largest number of each window, NaN where there is one
+    void (*pool)(const PoolJob* job);
     // float tables of one pixel column after the other: codebook [m][j][entry], planes [m][j] -> tables [m][column][entry]
     void (*exact_build)(const ExactJob* job);
     // adds entries to y[pixel][BLOCK], `channels` of them

@@ -402,7 +402,7 @@ static void decode(const ConvTables* t, const uint8_t* acc, int64_t pixels, int3
 }
 
 static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, float* y, int64_t stride, int64_t channels) {
+                   const float* bias, int relu, float* y, int64_t stride, int64_t channels) {
     const __m512i c = _mm512_set1_epi32(constant);
     const __m512 u = _mm512_set1_ps(unit);
     for (int64_t v = 0; v * 16 < channels; v++) {
@@ -413,8 +413,24 @@ static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int
             __m512i sum = _mm512_sub_epi32(load(sums + i), c);
             if (high) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load(high + i), 7));
             __m512 out = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), u), b);
+            // NaN stays, negative zero goes
+            if (relu) out = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(out, _mm512_setzero_ps(), _CMP_NLE_UQ), out);
             _mm512_mask_storeu_ps(y + p * stride + v * 16, mask, out);
         }
+    }
+}
+
+// Numbers that are not negative compare as their bits do, and any NaN is more than all of them.
+static void pool(const PoolJob* job) {
+    for (int64_t x = 0; x < job->pixels; x++) {
+        const int64_t left = x * job->stride - job->padding;
+        const int64_t begin = most(left, 0), end = least(left + job->kernel, job->width);
+        __m512i best[4] = {};
+        for (int64_t row = 0; row < job->row_count; row++)
+            for (int64_t k = begin; k < end; k++)
+                for (int v = 0; v < 4; v++) best[v] = _mm512_max_epu32(best[v], load(job->rows[row] + k * BLOCK + v * 16));
+        for (int64_t v = 0; v * 16 < job->channels; v++)
+            _mm512_mask_storeu_epi32(job->y + x * job->y_stride + v * 16, first(job->channels - v * 16), best[v]);
     }
 }
 
@@ -518,7 +534,7 @@ static void exact_sum(const ExactJob* job) {
 }  // namespace
 
 extern const ConvKernels conv_avx512;
-const ConvKernels conv_avx512 = {16, choose, largest, samples, bounds, peak, build, accumulate, decode, finish,
+const ConvKernels conv_avx512 = {16, choose, largest, samples, bounds, peak, build, accumulate, decode, finish, pool,
                                  plain::exact_build, exact_sum, transpose};
 
 }  // namespace fx

@@ -9,6 +9,7 @@ constexpr float SMALLEST_RANGE = 1e-30f, LARGEST_RANGE = 1e30f;
 
 struct Call {
     ConvShape shape{};
+    ConvPool pool{};
     ConvTables tables{};
     Layout layout;
     const ConvKernels* kernels = nullptr;
@@ -16,6 +17,7 @@ struct Call {
     float* y = nullptr;
     int mode = FP32, threads = 1;
     bool last = false, dims_major = false;  // channels-last images; code words adjacent in memory
+    bool relu = false;
 
     // derived
     bool quantized = false;         // integer tables are possible at all
@@ -92,7 +94,7 @@ private:
     void choose_scale(int32_t most);
 };
 
-// Output rows begin..end-1 of an image; false where there is no memory.
+// Rows begin..end-1 of y of an image; false where there is no memory.
 bool quantized_rows(const Image& image, int64_t begin, int64_t end);
 bool exact_rows(const Image& image, int64_t begin, int64_t end);
 

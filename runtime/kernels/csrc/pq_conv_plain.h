@@ -111,13 +111,31 @@ namespace {
     }
 }
 
-[[maybe_unused]] static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit, const float* bias,
-            float* y, int64_t stride, int64_t channels) {
+// NaN stays, negative zero goes.
+[[maybe_unused]] static float rectified(float v) { return v > 0 || v != v ? v : 0; }
+
+[[maybe_unused]] static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
+                                    const float* bias, int relu, float* y, int64_t stride, int64_t channels) {
     for (int64_t p = 0; p < pixels; p++)
         for (int64_t c = 0; c < channels; c++) {
             int32_t sum = sums[p * BLOCK + c] - constant + (high ? high[p * BLOCK + c] * 128 : 0);
-            y[p * stride + c] = float(sum) * unit + bias[c];
+            const float out = float(sum) * unit + bias[c];
+            y[p * stride + c] = relu ? rectified(out) : out;
         }
+}
+
+[[maybe_unused]] static void pool(const PoolJob* job) {
+    for (int64_t x = 0; x < job->pixels; x++) {
+        const int64_t left = x * job->stride - job->padding;
+        float best[BLOCK] = {};
+        for (int64_t row = 0; row < job->row_count; row++)
+            for (int64_t k = most(left, 0); k < least(left + job->kernel, job->width); k++)
+                for (int64_t c = 0; c < BLOCK; c++) {
+                    const float v = job->rows[row][k * BLOCK + c];
+                    best[c] = v > best[c] || v != v ? v : best[c];
+                }
+        memcpy(job->y + x * job->y_stride, best, size_t(job->channels) * sizeof(float));
+    }
 }
 
 [[maybe_unused]] static void exact_sum(const ExactJob* job) {

@@ -6,7 +6,7 @@ namespace fx {
 using namespace plain;
 
 extern const ConvKernels conv_portable;
-const ConvKernels conv_portable = {4,          choose, largest, samples,     bounds,    peak,     build,
-                                   accumulate, decode, finish,  exact_build, exact_sum, transpose};
+const ConvKernels conv_portable = {4,          choose, largest, samples, bounds,      peak,      build,
+                                   accumulate, decode, finish,  pool,    exact_build, exact_sum, transpose};
 
 }  // namespace fx

@@ -28,25 +28,51 @@ struct Rows {
     int64_t group = 0;
     int64_t* held = nullptr;  // [ring] the input row in each slot
     float* tile = nullptr;    // [pixel][BLOCK]
+    float* unpooled = nullptr;         // [kernel row of the pool][block][pixel][BLOCK], in a ring
+    const float** pool_rows = nullptr;  // [kernel row of the pool]
 
     explicit Rows(const Image& image_) : image(image_), call(image_.call), s(call.shape), t(call.tables) {}
 
-    // Channels of a block, and where its first one's output of a row begins.
+    // What kernels write before it goes elsewhere.
+    void reserve_outputs(Arena& arena) {
+        tile = arena.take<float>(most(s.out_width, call.pool.width) * BLOCK);
+        unpooled = arena.take<float>(call.pool.kernel[0] * t.blocks * s.out_width * BLOCK);
+        pool_rows = arena.take<const float*>(call.pool.kernel[0]);
+    }
+    bool pooled() const { return call.pool.kernel[0] > 0; }
+    float* unpooled_row(int64_t block, int64_t row) const {
+        return unpooled + (row % call.pool.kernel[0] * t.blocks + block) * s.out_width * BLOCK;
+    }
+    // Channels of a block, and where its first one's output of a row of y begins.
     int64_t channels(int64_t block) const { return least(BLOCK, s.group_outputs - block * BLOCK); }
     float* output(int64_t block, int64_t out) const {
-        const int64_t channel = group * s.group_outputs + block * BLOCK, area = s.out_height * s.out_width;
+        const int64_t width = call.pool.width, area = call.pool.height * width;
+        const int64_t channel = group * s.group_outputs + block * BLOCK;
         float* y = call.y + image.number * s.outputs * area;
-        return call.last ? y + out * s.out_width * s.outputs + channel : y + channel * area + out * s.out_width;
+        return call.last ? y + out * width * s.outputs + channel : y + channel * area + out * width;
     }
     void forget() {
         for (int64_t i = 0; i < call.ring(); i++) held[i] = -1;
     }
     void write(int64_t block, int64_t out, const float* from) {
+        const int64_t width = call.pool.width;
         if (!call.last)
-            return call.kernels->transpose(from, BLOCK, s.out_width, channels(block), output(block, out),
-                                           s.out_height * s.out_width);
-        for (int64_t x = 0; x < s.out_width; x++)
+            return call.kernels->transpose(from, BLOCK, width, channels(block), output(block, out),
+                                           call.pool.height * width);
+        for (int64_t x = 0; x < width; x++)
             memcpy(output(block, out) + x * s.outputs, from + x * BLOCK, size_t(channels(block)) * sizeof(float));
+    }
+    // One row of y from the rows of the convolution begin..end-1, which are in the ring.
+    void pool(int64_t out, int64_t begin, int64_t end) {
+        const ConvPool& of = call.pool;
+        PoolJob job{pool_rows, end - begin, s.out_width, of.kernel[1], of.stride[1], of.padding[1], tile, of.width, BLOCK,
+                    BLOCK};
+        for (int64_t block = 0; block < t.blocks; block++) {
+            for (int64_t row = begin; row < end; row++) pool_rows[row - begin] = unpooled_row(block, row);
+            if (call.last) job.y = output(block, out), job.y_stride = s.outputs, job.channels = channels(block);
+            call.kernels->pool(&job);
+            if (!call.last) write(block, out, tile);
+        }
     }
 };
 
@@ -70,7 +96,7 @@ struct Quantized : Rows {
             const bool real = arena.base;
             arena.used = 0;
             held = arena.take<int64_t>(call.ring());
-            tile = arena.take<float>(s.out_width * BLOCK);
+            reserve_outputs(arena);
             // corrupt indices of 8 bits may read beyond the last table, never beyond this
             for (int i = 0; i <= wide; i++) tables[i] = arena.take<uint8_t>(call.ring() * call.row_bytes() + 256);
             acc = arena.take<uint8_t>(acc_bytes());
@@ -160,10 +186,11 @@ struct Quantized : Rows {
         for (int64_t block = 0; block < t.blocks; block++) {
             const int64_t at = block * s.out_width * BLOCK;
             const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
-            float* y = call.last ? output(block, out) : tile;
-            call.kernels->finish(sums[0] + at, wide ? sums[1] + at : nullptr, s.out_width, constant, image.unit, bias, y,
-                                 call.last ? s.outputs : BLOCK, call.last ? channels(block) : BLOCK);
-            if (!call.last) write(block, out, tile);
+            const bool direct = call.last && !pooled();
+            float* y = pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile;
+            call.kernels->finish(sums[0] + at, wide ? sums[1] + at : nullptr, s.out_width, constant, image.unit, bias,
+                                 call.relu, y, direct ? s.outputs : BLOCK, direct ? channels(block) : BLOCK);
+            if (!call.last && !pooled()) write(block, out, tile);
         }
     }
 };
@@ -181,7 +208,7 @@ struct Exact : Rows {
             const bool real = arena.base;
             arena.used = 0;
             held = arena.take<int64_t>(call.ring());
-            tile = arena.take<float>(s.out_width * BLOCK);
+            reserve_outputs(arena);
             tables = arena.take<float>(call.ring() * row_floats() + 256);  // as above
             planes = arena.take<const float*>(s.subspaces * s.subwidth);
             rows = arena.take<const float*>(s.kernel[0]), index = arena.take<const uint8_t*>(s.kernel[0]);
@@ -216,7 +243,7 @@ struct Exact : Rows {
         job.planes = planes, job.subwidth = s.subwidth, job.inputs = call.inputs, job.targets = call.targets;
         job.count = call.count, job.rows = rows, job.index = index, job.row_count = window.count;
         job.kernel_columns = s.kernel[1], job.column_step = s.dilation[1], job.pixel_step = s.stride[1];
-        job.index_step = s.outputs, job.pixels = s.out_width, job.y = tile;
+        job.index_step = s.outputs, job.pixels = s.out_width;
         for (int64_t i = 0; i < window.count; i++) {
             const int64_t input = window.input + i * s.dilation[0];
             build(input, job);
@@ -226,15 +253,32 @@ struct Exact : Rows {
             const int64_t channel = group * s.group_outputs + block * BLOCK, tap = s.subspaces * s.outputs;
             for (int64_t i = 0; i < window.count; i++)
                 index[i] = call.plain + (window.first + i) * s.kernel[1] * tap + channel;
-            memset(tile, 0, size_t(s.out_width * BLOCK) * sizeof(float));
+            float* y = job.y = pooled() ? unpooled_row(block, out) : tile;
+            memset(y, 0, size_t(s.out_width * BLOCK) * sizeof(float));
             job.channels = channels(block);
             call.kernels->exact_sum(&job);
             const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
-            for (int64_t i = 0; i < s.out_width * BLOCK; i++) tile[i] += bias[i % BLOCK];
-            write(block, out, tile);
+            for (int64_t i = 0; i < s.out_width * BLOCK; i++) {
+                y[i] += bias[i % BLOCK];
+                if (call.relu) y[i] = y[i] > 0 || y[i] != y[i] ? y[i] : 0;
+            }
+            if (!pooled()) write(block, out, tile);
         }
     }
 };
+
+// Each row of the convolution is made once, when the first row of y wants it.
+template <class Kind>
+void pooled_rows(Kind& rows, int64_t begin, int64_t end) {
+    const ConvPool& pool = rows.call.pool;
+    int64_t next = 0;
+    for (int64_t out = begin; out < end; out++) {
+        const int64_t top = out * pool.stride[0] - pool.padding[0];
+        const int64_t first = most(top, 0), last = least(top + pool.kernel[0], rows.s.out_height);
+        for (next = most(next, first); next < last; next++) rows.row(next);
+        rows.pool(out, first, last);
+    }
+}
 
 template <class Kind>
 bool run(const Image& image, int64_t begin, int64_t end) {
@@ -242,7 +286,10 @@ bool run(const Image& image, int64_t begin, int64_t end) {
     if (!rows.reserve()) return false;
     for (int64_t group = 0; group < image.call.shape.groups; group++) {
         rows.start(group);
-        for (int64_t out = begin; out < end; out++) rows.row(out);
+        if (rows.pooled())
+            pooled_rows(rows, begin, end);
+        else
+            for (int64_t out = begin; out < end; out++) rows.row(out);
     }
     return true;
 }

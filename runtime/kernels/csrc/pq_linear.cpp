@@ -20,6 +20,7 @@ struct Call {
     float* y;
     int64_t batch, inputs;
     int tables, threads;
+    bool relu;
     const PqLinearKernels *kernels, *exact;  // `exact` reads float32 tables
 };
 
@@ -103,6 +104,11 @@ struct Block {
     void run();
 };
 
+// NaN stays.
+void rectify(float* y, int64_t count) {
+    for (int64_t i = 0; i < count; i++) y[i] = y[i] < 0 ? 0 : y[i];
+}
+
 void Block::run() {
     const bool whole = call.tables != FP32;
     parallel_for(call.threads, chunks, [this](int64_t chunk) { build(chunk); });
@@ -130,7 +136,9 @@ void Block::run() {
     for (const PqLookUp* job : {&rounded, &exact}) {
         if (!job->images) continue;
         parallel_for(call.threads, ceil_div(outputs, step), [&](int64_t task) {
-            (job == &exact ? call.exact : call.kernels)->look_up(*job, task * step, least(outputs, (task + 1) * step));
+            const int64_t begin = task * step, end = least(outputs, begin + step);
+            (job == &exact ? call.exact : call.kernels)->look_up(*job, begin, end);
+            for (int i = 0; call.relu && i < job->images; i++) rectify(job->image[i].y + begin, end - begin);
         });
     }
 }
@@ -173,7 +181,7 @@ struct FxpressPQLinear {
     const float* bias;
     int64_t batch, inputs;
     int64_t subspaces, codewords, width, layout_bytes, outputs;
-    int32_t dims_major, tables;
+    int32_t dims_major, tables, relu;
 };
 
 FX_EXPORT int fxpress_pq_linear(const FxpressPQLinear* layer) {
@@ -184,7 +192,7 @@ FX_EXPORT int fxpress_pq_linear(const FxpressPQLinear* layer) {
     call.codebook = {of.codebook, of.subspaces, of.codewords, of.width, of.dims_major != 0};
     call.x = static_cast<const float*>(of.call.x), call.y = static_cast<float*>(of.call.y), call.bias = of.bias;
     call.batch = of.batch, call.inputs = of.inputs;
-    call.tables = of.tables, call.threads = int(most(1, least(of.call.threads, 1024)));
+    call.tables = of.tables, call.relu = of.relu != 0, call.threads = int(most(1, least(of.call.threads, 1024)));
     if (int status = check(call, of.outputs)) return status;
     call.kernels = choose(call.layout, of.tables, of.call.isa), call.exact = choose(call.layout, FP32, of.call.isa);
     return of.batch ? run(call) : OK;

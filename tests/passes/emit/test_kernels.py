@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fxpress.ir.cost import measure_cost
 from fxpress.ir.graph import submodule
 from fxpress.ir.verify import distance, run
 from fxpress.passes.base import EXACT, LOSSY, Context, PassResult
@@ -246,3 +247,53 @@ def test_a_layer_called_twice_is_judged_once(compiled_kernels: None) -> None:
 def test_unknown_values_are_refused(option: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"pass 'emit', option '{option}': given .*, allowed: "):
         Emit(**{option: value})
+
+
+class Rectified(nn.Module):
+    """A convolution for each thing that may or may not become a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.hidden, self.fc = nn.Linear(8 * 6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.first(x).relu(), 3, 2)
+        x = nn.functional.max_pool2d(self.second(x).relu(), 2, 1, ceil_mode=True)
+        y = self.third(x)
+        x = nn.functional.max_pool2d(y.relu() + y, (2, 3), (1, 1), (1, 1), (1, 1))
+        x = nn.functional.max_pool2d(self.fourth(x).relu(), [3, 2], stride=[3, 2], padding=[1, 0])
+        return self.fc(self.hidden(x.flatten(1)).relu()).relu()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_relus_and_pools_become_parts_of_layers_by_table(layout: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 17, 13)
+    names = ("first", "second", "third", "fourth", "hidden", "fc")
+    graph = quantised(Rectified(), x, names)
+    expected = graph(x)
+    costs = measure_cost(graph).macs
+    result = emit(graph, kernels="table", layout=layout)
+    assert "5 ReLUs became parts of the layers before them" in result.notes
+    assert "2 max pools became parts of the layers before them" in result.notes
+    layers = {name: submodule(graph.module, name) for name in names}
+    assert [name for name in names if layers[name].relu] == ["first", "second", "fourth", "hidden", "fc"]
+    assert [layers[name].pool for name in names[:4]] == [(3, 3, 2, 2, 0, 0), (), (), (3, 2, 3, 2, 1, 0)]
+    assert distance(graph(x), expected) < 1e-5
+    assert measure_cost(graph).macs == costs
+    fxpress.compile(graph, [], x, verify=False).save(tmp_path / "net.fxp")
+    loaded = fxpress.load(tmp_path / "net.fxp")
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), graph(x))
+        exported = torch.export.export(graph.module, (x,)).module()
+        assert torch.equal(exported(x), graph(x))
+    graph.module.train()
+    assert distance(graph.module(x), expected) < 1e-5
+
+
+def test_dense_layers_leave_relus_and_pools_to_torch() -> None:
+    x = torch.randn(2, 8, 17, 13)
+    graph = quantised(Rectified(), x, ("first", "hidden"))
+    emit(graph, kernels="dense")
+    assert sum("relu" in str(node.target) for node in graph.nodes) == 6

@@ -123,7 +123,7 @@ def test_rectifiers_become_parts_of_layers() -> None:
     compiled = fxpress.compile(Shared().eval(), ["quantize-int8", "emit"], x)
     layers: Any = dict(compiled.module.named_children())
     assert [layers[name].relu for name in ("one", "two", "three")] == [True, False, True]
-    assert "2 ReLUs became parts of 8-bit layers" in compiled.report["emit"].notes
+    assert "2 ReLUs became parts of the layers before them" in compiled.report["emit"].notes
     assert compiled.report["emit"].distance is not None
     assert compiled.report["emit"].distance < 1e-5
     again = fxpress.compile(compiled, ["fold-batchnorm"], x)  # a norm does not go through a ReLU
@@ -154,7 +154,7 @@ def test_max_pools_become_parts_of_convolutions(tmp_path: Path) -> None:
         (3, 3, 2, 2, 1, 1), (2, 2, 2, 2, 0, 0), (), (),
     ]  # fmt: skip
     assert layers["two"].relu
-    assert "2 max pools became parts of 8-bit layers" in compiled.report["emit"].notes
+    assert "2 max pools became parts of the layers before them" in compiled.report["emit"].notes
     assert compiled.report["emit"].distance is not None
     assert compiled.report["emit"].distance < 1e-5
     before = fxpress.compile(Pooled().eval(), ["quantize-int8"], x)

@@ -37,6 +37,8 @@ class Case:
     tables: str = "int8"
     bias: bool = True
     last: bool = False
+    relu: bool = False
+    pool: tuple[int, ...] = ()
     seed: int = 0
 
     @property
@@ -44,11 +46,11 @@ class Case:
         return -(-(self.channels // self.groups) // self.subspace)
 
     def fits(self) -> bool:
-        """Whether the padded image holds the kernel."""
-        return all(
-            n + 2 * p > d * (k - 1)
-            for n, p, d, k in zip(self.size, self.padding, self.dilation, self.kernel, strict=True)
-        )
+        """Whether the padded image holds the kernel, and its outputs the window of the pool."""
+        window = zip(self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        sums = [(n + 2 * p - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in window]
+        pool = self.pool or (1,) * 4 + (0,) * 2
+        return all(n > 0 and n + 2 * p >= k for n, k, p in zip(sums, pool[:2], pool[4:], strict=True))
 
     def but(self, **changes: Any) -> Case:
         return replace(self, **changes)
@@ -72,7 +74,7 @@ class Tensors:
         c = self.case
         geometry = tuple(map(list, (c.kernel, c.stride, c.padding, c.dilation)))
         return (self.x, self.codebook, self.layout() if layout is None else layout, self.bias, c.outputs, *geometry,
-                c.groups, c.tables)  # fmt: skip
+                c.groups, c.tables, c.relu, list(c.pool))  # fmt: skip
 
     def run(self, layout: Tensor | None = None) -> Tensor:
         result: Tensor = torch.ops.fxpress.pq_conv2d(*self.arguments(layout))
@@ -95,7 +97,13 @@ class Tensors:
         """Decode and compute, in double precision."""
         c = self.case
         bias = None if self.bias is None else self.bias.double()
-        return F.conv2d(self.x.double(), self.weight().double(), bias, c.stride, c.padding, c.dilation, c.groups)
+        y = F.conv2d(self.x.double(), self.weight().double(), bias, c.stride, c.padding, c.dilation, c.groups)
+        return self.finished(y)
+
+    def finished(self, y: Tensor) -> Tensor:
+        """The ReLU and the pool by torch."""
+        y, pool = y.relu() if self.case.relu else y, self.case.pool
+        return F.max_pool2d(y, pool[:2], pool[2:4], pool[4:]) if pool else y
 
 
 def make(case: Case) -> Tensors:
@@ -120,6 +128,8 @@ def _pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
 def cases(draw: st.DrawFn, tables: tuple[str, ...] = ("fp32", "int16", "int8"), fewest: int = 0) -> Case:
     """Odd shapes: padding beyond the kernel, strides beyond it, ragged sub-spaces, groups."""
     groups = draw(st.integers(1, 3))
+    relu = draw(st.booleans())
+    pools = [(), (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1), (3, 2, 1, 3, 1, 0), (1, 4, 3, 1, 0, 2)] if relu else [()]
     return draw(
         st.builds(
             Case,
@@ -137,6 +147,8 @@ def cases(draw: st.DrawFn, tables: tuple[str, ...] = ("fp32", "int16", "int8"), 
             tables=st.sampled_from(tables),
             bias=st.booleans(),
             last=st.booleans(),
+            relu=st.just(relu),
+            pool=st.sampled_from(pools),
             seed=st.integers(0, 2**31),
         ).filter(Case.fits)
     )
@@ -210,6 +222,8 @@ LONG = Case(channels=40, codewords=64, subspace=1, kernel=(5, 5), padding=(2, 2)
         Case(channels=200, subspace=200, codewords=32),
         Case(images=8, channels=6, groups=3, outputs=6, subspace=1, codewords=2),
         Case(size=(0, 4), kernel=(1, 1)),
+        Case(size=(23, 40), outputs=150, relu=True, pool=(3, 3, 2, 2, 0, 0), codewords=64, last=True),
+        Case(size=(9, 20), relu=True, pool=(2, 2, 3, 3, 0, 0), codewords=64, tables="int16"),  # rows that no window has
     ],
     ids=lambda case: f"{case.kernel}-{case.codewords}-{case.tables}",
 )
@@ -244,6 +258,22 @@ def test_numbers_without_a_scale_take_exact_tables(value: float, tables: str, co
     dense = F.conv2d(tensors.x, tensors.weight(), tensors.bias, case.stride, case.padding)
     torch.testing.assert_close(y[1], dense[1], equal_nan=True, rtol=1e-4, atol=1e-4)
     assert torch.equal(y[:1], alone), "one image has nothing to do with another"
+    torch.testing.assert_close(y, tensors.expected(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pool", [(), (3, 3, 2, 2, 1, 1)])
+@pytest.mark.parametrize("last", [False, True])
+def test_nan_passes_the_relu_and_the_pool(last: bool, pool: tuple[int, ...], isa: str) -> None:
+    tensors = make(Case(images=2, size=(9, 11), codewords=64, outputs=70, relu=True, pool=pool, last=last))
+    tensors.x[0, 3, 4, 5], tensors.x[0, 1, 0, 0] = float("nan"), float("inf")
+    assert tensors.bias is not None
+    tensors.bias[1], tensors.bias[2], tensors.bias[3] = float("nan"), float("inf"), -float("inf")
+    with kernels.using(isa):
+        y = tensors.run()
+    c = tensors.case
+    dense = tensors.finished(F.conv2d(tensors.x, tensors.weight(), tensors.bias, c.stride, c.padding))
+    assert torch.equal(y.isnan(), dense.isnan())
     torch.testing.assert_close(y, tensors.expected(), rtol=0, atol=0, equal_nan=True)
 
 

@@ -73,6 +73,21 @@ def test_every_isa_and_layout_equals_the_reference(
 
 
 @pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("tables", TABLES)
+def test_rectified_outputs(tables: str, isa: str) -> None:
+    layer = Layer(21, 16, 3, 300)
+    x = torch.randn(9, layer.inputs)
+    x[3, 5] = float("nan")
+    layer.bias[7] = float("nan")
+    layout = kernels.prepare_linear(layer.indices, layer.codewords, tables)
+    with kernels.using(isa):
+        y = pq_linear(x, layer.codebook, layout, layer.bias, layer.outputs, tables, True)
+        plain = layer.run(x, tables)
+    assert torch.equal(y.nan_to_num(-1), plain.relu().nan_to_num(-1))
+    assert y.isnan().any()
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
 @pytest.mark.parametrize("codewords", CODEWORDS)
 def test_float32_tables_equal_decode_and_compute(isa: str, codewords: int) -> None:
     layer = Layer(21, codewords, 3, 130, ragged=2)

@@ -143,7 +143,9 @@ def test_is_rebuilt_from_its_configuration() -> None:
     options |= {"kernel": "table", "tables": "int8"}
     for layer in (
         PQLinear(10, 7, False, **options),
+        PQLinear(10, 7, False, **options, relu=True),
         PQConv2d(12, 20, (3, 1), 2, "valid", 2, 2, True, **options),
+        PQConv2d(12, 20, 3, relu=True, pool=(3, 2, 2, 2, 1, 0), **options),
     ):
         config = dialect.config(layer)
         twin = dialect.build(type(layer).__name__, config)
@@ -151,6 +153,31 @@ def test_is_rebuilt_from_its_configuration() -> None:
         assert repr(twin) == repr(layer)
         assert {n: t.shape for n, t in twin.state_dict().items()} == {n: t.shape for n, t in layer.state_dict().items()}
         assert twin.codebook.is_meta
+
+
+@pytest.mark.parametrize("kernel", ["decode", "dense", "table"])
+def test_relu_and_pool_are_those_of_torch(kernel: Any) -> None:
+    options: dict[str, Any] = {"subspace": 2, "codewords": 16, "kernel": kernel}
+    pool = (3, 2, 2, 1, 1, 0)
+    conv = PQConv2d(6, 8, 3, padding="same", relu=True, pool=pool, **options).eval()
+    head = PQLinear(8, 5, relu=True, **options).eval()
+    x = torch.randn(2, 6, 9, 8)
+    for layer, inputs in ((conv, x), (conv, x[0]), (head, torch.randn(3, 4, 8))):
+        expected = layer.dense()(inputs).relu()
+        if layer is conv:
+            expected = F.max_pool2d(expected, pool[:2], pool[2:4], pool[4:])
+        wanted = torch.autograd.grad(layer._weighted(inputs, layer.decoded()).square().sum(), layer.codebook)[0]
+        for training in (False, True):
+            y = layer.train(training)(inputs)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            found = torch.autograd.grad(y.square().sum(), layer.codebook)[0]
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert conv.sums_shape((2, 6, 9, 8)) == (2, 8, 9, 8)
+    with torch.no_grad():
+        inputs = torch.randn(3, 8)
+        rectified = head.eval()(inputs)
+        head.relu = False
+        assert not torch.equal(head(inputs), rectified), "what was prepared is not kept"
 
 
 def test_copies() -> None:
@@ -213,10 +240,11 @@ class Pair(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.conv = PQConv2d(6, 8, (3, 2), padding="same", groups=2, subspace=2, codewords=16, **options)
+        self.pooled = PQConv2d(8, 8, 3, subspace=2, codewords=16, relu=True, pool=(2, 2, 2, 2, 0, 0), **options)
         self.head = PQLinear(8, 5, subspace=3, codewords=8, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.pooled(torch.relu(self.conv(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +255,7 @@ def test_exports_and_compiles(kernel: Any, prepared: bool) -> None:
     model, x = Pair(kernel=kernel, codebook="int8").eval().requires_grad_(False), torch.randn(2, 6, 7, 7)
     if prepared:
         model.conv.prepare()
+        model.pooled.prepare()
         model.head.prepare()
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     operations = {str(node.target) for node in exported.graph.nodes}
@@ -314,6 +343,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "depthwise": (lambda: PQConv2d(8, 16, 3, groups=8, subspace=1, codewords=4), "a depthwise convolution"),
     "groups": (lambda: PQConv2d(8, 9, 3, groups=2, subspace=1, codewords=4), "do not make 2 groups"),
     "padding": (lambda: PQConv2d(8, 8, 3, padding="all", subspace=1, codewords=4), "padding is 'all'"),
+    "pool": (lambda: PQConv2d(8, 8, 3, subspace=1, codewords=4, relu=True, pool=(2, 2, 2, 2, 2, 0)), "pool is"),
+    "pool of negative numbers": (
+        lambda: PQConv2d(8, 8, 3, subspace=1, codewords=4, pool=(2, 2, 2, 2, 0, 0)),
+        "pool asks for relu",
+    ),
     "mode": (
         lambda: PQConv2d.from_weights(
             nn.Conv2d(4, 4, 1, padding_mode="circular"), torch.zeros(2, 4, 2), torch.zeros(1, 2, 4)

@@ -1,4 +1,4 @@
-"""A ReLU and a max pool behind an 8-bit layer become parts of it, which writes less then, and no one has to read it."""
+"""A ReLU and a max pool behind a layer become parts of it, which writes less then, and no one has to read it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ...ir.graph import Graph
 from ...ir.nodes import arguments
 from ...runtime.kernels.int8_ops import MOST_POOLED
 from ...runtime.layers import Int8Conv2d, Int8Layer
+from ...runtime.layers.pq_conv2d import PQConv2d
+from ...runtime.layers.pq_layer import PQLayer
 
 _RELU, _POOL = torch.ops.aten.relu.default, torch.ops.aten.max_pool2d.default
 
@@ -22,27 +24,34 @@ class Ends(NamedTuple):
     rectifiers: int
     pools: int
 
+    def and_more(self, more: Ends) -> Ends:
+        """Both together."""
+        return Ends(self.rectifiers + more.rectifiers, self.pools + more.pools)
+
     def notes(self) -> list[str]:
         """For the report."""
         named = {"ReLUs": self.rectifiers, "max pools": self.pools}
-        return [f"{count} {name} became parts of 8-bit layers" for name, count in named.items() if count]
+        return [f"{count} {name} became parts of the layers before them" for name, count in named.items() if count]
 
 
 def fuse_ends(graph: Graph, author: str) -> Ends:
-    """Let 8-bit layers do what alone reads them: ReLU, and max pool of a convolution, in either order."""
+    """Let layers do what alone reads them: ReLU, and max pool of a convolution.
+
+    8-bit layers take them in either order, product-quantized ones that run by table a pool behind a ReLU.
+    """
     rectifiers = _fuse(graph, author, _rectify)
     pools = _fuse(graph, author, _pool)
     return Ends(rectifiers + _fuse(graph, author, _rectify), pools)
 
 
-def _fuse(graph: Graph, author: str, take: Callable[[fx.Node, Int8Layer], bool]) -> int:
+def _fuse(graph: Graph, author: str, take: Callable[[fx.Node, Int8Layer | PQLayer], bool]) -> int:
     found = [node for node in graph.nodes if node.target in (_RELU, _POOL) and _reads_alone(graph, node)]
     count = 0
     with graph.edit(author):
         for node in found:
             source = node.all_input_nodes[0]
             layer = graph.layer(source)
-            assert isinstance(layer, Int8Layer)
+            assert isinstance(layer, Int8Layer | PQLayer)
             if take(node, layer):
                 source.meta["spec"] = node.meta["spec"]
                 node.replace_all_uses_with(source)
@@ -50,27 +59,34 @@ def _fuse(graph: Graph, author: str, take: Callable[[fx.Node, Int8Layer], bool])
     return count
 
 
-def _rectify(node: fx.Node, layer: Int8Layer) -> bool:
+def _rectify(node: fx.Node, layer: Int8Layer | PQLayer) -> bool:
     if node.target is not _RELU:
         return False
     layer.relu = True
     return True
 
 
-def _pool(node: fx.Node, layer: Int8Layer) -> bool:
-    if node.target is not _POOL or not isinstance(layer, Int8Conv2d) or layer.groups != 1 or layer.pool:
+def _pool(node: fx.Node, layer: Int8Layer | PQLayer) -> bool:
+    if node.target is not _POOL or not isinstance(layer, Int8Conv2d | PQConv2d) or layer.pool:
         return False
     given = arguments(node)
     pairs = [list(given[name]) for name in ("kernel_size", "stride", "padding", "dilation")]
     kernel, stride, padding, dilation = ((pair[0], pair[-1]) for pair in (pairs[0], pairs[1] or pairs[0], *pairs[2:]))
-    if given["ceil_mode"] or dilation != (1, 1) or max(kernel) > MOST_POOLED:
+    if given["ceil_mode"] or dilation != (1, 1) or not _takes_pool(layer, max(kernel)):
         return False
     layer.pool = (*kernel, *stride, *padding)
     return True
 
 
+def _takes_pool(layer: Int8Conv2d | PQConv2d, kernel: int) -> bool:
+    return layer.relu if isinstance(layer, PQConv2d) else layer.groups == 1 and kernel <= MOST_POOLED
+
+
 def _reads_alone(graph: Graph, node: fx.Node) -> bool:
-    """Whether a node reads an 8-bit layer that has no other reader and no other call."""
+    """Whether a node reads a layer that can take it, and that has no other reader and no other call."""
     source = node.all_input_nodes[0]
+    layer = graph.layer(source)
+    if not (isinstance(layer, Int8Layer) or (isinstance(layer, PQLayer) and layer.kernel == "table")):
+        return False
     calls = sum(other.op == "call_module" and other.target == source.target for other in graph.nodes)
-    return isinstance(graph.layer(source), Int8Layer) and len(source.users) == 1 and calls == 1
+    return len(source.users) == 1 and calls == 1
