@@ -106,6 +106,7 @@ using Whole = void (*)(const float*, const float*, int64_t, float*);
 
 Whole whole_of(int64_t codewords, int64_t width) {
     switch (codewords * 16 + width) {
+        case 16 * 16 + 1: return build_whole<16, 1>;
         case 16 * 16 + 4: return build_whole<16, 4>;
         case 16 * 16 + 8: return build_whole<16, 8>;
         case 32 * 16 + 4: return build_whole<32, 4>;
