@@ -1,5 +1,7 @@
-// The loops of `BinaryElements` in plain C++, for the compiler to turn into vectors: included once per instruction set,
-// by a file that defines FX_ELEMENTS, the name of its table. Inputs may be outputs: no value is read after it is written.
+// The loops of `BinaryElements` in plain C++, for the compiler to turn into vectors: included once per instruction set.
+// Inputs may be outputs: no value is read after it is written.
+#pragma once
+
 #include "binary_elements.h"
 
 #if defined(__clang__)
@@ -174,8 +176,7 @@ void mean(const float* image, int64_t pixels, int64_t channels, float* y) {
     for (int64_t i = 0; i < channels; i++) y[i] *= share;
 }
 
+constexpr BinaryElements PLAIN = {levels, affine, add, relu_all, decode, max_levels, max_floats, average, mean};
+
 }  // namespace
-
-const BinaryElements FX_ELEMENTS = {levels, affine, add, relu_all, decode, max_levels, max_floats, average, mean};
-
 }  // namespace fx

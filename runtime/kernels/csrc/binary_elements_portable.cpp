@@ -1,2 +1,7 @@
-#define FX_ELEMENTS binary_elements_portable
 #include "binary_elements_plain.h"
+
+namespace fx {
+
+const BinaryElements binary_elements_portable = PLAIN;
+
+}  // namespace fx

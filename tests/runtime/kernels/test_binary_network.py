@@ -335,3 +335,28 @@ def test_nan_is_level_zero_and_stays_in_floats() -> None:
         assert levels.flatten().tolist() == [0, 3, 1, 0]
         assert rectified.isnan().flatten().tolist() == [True, False, False, True]
         assert pooled.isnan().all()
+
+
+@pytest.mark.parametrize("channels", [64, 70, 128])
+@pytest.mark.parametrize("descending", [False, True])
+def test_levels_and_max_pools_of_whole_vectors(channels: int, descending: bool) -> None:
+    """Every instruction set, with blocks of 64 channels and a rest, one and three pixels of padding, NaN."""
+    torch.manual_seed(0)
+    window = "kernel=3,3 stride=2,2 padding=1,1"
+    program = parse(
+        f"input channels={channels}\nlevels x=0 channels={channels}\ndecode x=1\nmax_pool x=1 {window}\n"
+        f"decode x=3\nmax_pool x=0 {window}\nmax_pool x=0 kernel=2,3 dilation=2,1 ceil=1 stride=2,3\n"
+        "output x=2\noutput x=4\noutput x=5\noutput x=6"
+    )
+    x = torch.randn(2, channels, 9, 8)
+    x[0, ::3, 2, 2], x[1, ::5, 0] = float("nan"), -float("inf")
+    thresholds = torch.randn(3, channels).sort(0).values
+    thresholds[:, 1::2] = thresholds[:, 1::2].flip(0) if descending else thresholds[:, 1::2]
+    x[:, :, 4, 4] = thresholds[1]  # on a threshold
+    step = (torch.ones(1),)
+    tensors: list[tuple[Tensor, ...]] = [(thresholds,), step, (), step, (), ()]
+    wanted = compute(program, tensors, [x])
+    for isa in kernels.isas():
+        with kernels.using(isa):
+            for y, expected in zip(run(program, tensors, [x]), wanted, strict=True):
+                torch.testing.assert_close(y, expected.reshape(y.shape), rtol=0, atol=0, equal_nan=True)
