@@ -20,6 +20,7 @@ from .binary_proof import prove_folded
 from .ends import fuse_ends
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
+from .pools import remove_identity_pools
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -27,7 +28,8 @@ DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 class Emit(Pass):
     """Turn the graph into what runs: folded, without dropout, in the memory layout and by the kernels that are faster.
 
-    Batch norms and channel masks are folded into the layers before them, and dropout goes. A batch norm behind a
+    Batch norms and channel masks are folded into the layers before them; dropout goes, and so does a pool whose output
+    is its input, as AlexNet's to 6×6 pixels where there are no more than these. A batch norm behind a
     product-quantized layer stays: outputs share codewords, so that none of them can have a factor of its own.
 
     The layout is measured and not assumed: both are timed in turns on the example inputs, and channels-last (NHWC in
@@ -86,12 +88,14 @@ class Emit(Pass):
         masks += more
         result.skips += skips
         dropouts = remove_dropout(graph, self.name)
+        pools = remove_identity_pools(graph, self.name)
         if before is not None:
             result.metrics["exact_distance"] = (
                 prove_folded(before, graph).distance if levels else prove_equal(before, graph)
             )
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
+        result.notes += [f"removed {pools} pools that give what they read"] if pools else []
         ends = fuse_ends(graph, self.name)  # before they become parts of packed networks
         self._pack(graph, context, result)
         result.proven = levels

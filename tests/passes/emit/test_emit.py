@@ -219,3 +219,30 @@ def test_torchvision_models_compute_the_same(name: str) -> None:
     assert result.notes[0] == f"folded {'20 of 20' if name == 'resnet18' else '52 of 52'} batch norms"
     with torch.no_grad():
         assert distance(model(x), graph(x)) < 1e-5
+
+
+class Pools(nn.Module):
+    """Pools to a size that is there already, and those that change something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool = nn.functional.adaptive_avg_pool2d
+        y = pool(self.conv(x).relu() + x.mean(1, keepdim=True), (6, 5))  # a mean is no operation that is followed
+        z = pool(pool(self.conv(x).relu(), (6, 5)), 3)
+        one = nn.functional.avg_pool2d(nn.functional.max_pool2d(z, 1), 1, 1)
+        return y.sum((1, 2, 3)) + one.sum((1, 2, 3))  # type: ignore[no-any-return]
+
+
+def test_pools_that_give_what_they_read_go() -> None:
+    x = torch.randn(2, 3, 6, 5)
+    graph = trace(Pools().eval(), x)
+    expected = graph(x)
+    result = run_pass(Emit(), graph, Context(original=graph.copy()))[0]
+    assert "removed 3 pools that give what they read" in result.notes
+    assert graph.dynamic_batch
+    assert sum("pool" in str(node.target) for node in graph.nodes) == 2
+    torch.testing.assert_close(graph(x), expected)
+    assert graph(torch.randn(4, 3, 6, 5)).shape == (4,)
