@@ -120,8 +120,9 @@ void levels_of_pixel(const BinaryCall& call, const float* x, uint8_t* levels) {
     }
 }
 
-// Codes of one pixel from its levels; returns their sum. What lies behind the last code, before `end`, is overwritten.
-int16_t codes_of_pixel(const Job& job, const uint8_t* levels, uint8_t* codes, const uint8_t* end) {
+// Codes of one pixel from its levels; returns eight numbers whose sum is that of the levels. What lies behind the last
+// code, before `end`, is overwritten.
+__m512i codes_of_pixel(const Job& job, const uint8_t* levels, uint8_t* codes, const uint8_t* end) {
     const int64_t groups = job.groups, channels = job.call.channels;
     __m512i sum = _mm512_setzero_si512();
     auto field = [&](int64_t begin, int64_t g) {
@@ -142,7 +143,7 @@ int16_t codes_of_pixel(const Job& job, const uint8_t* levels, uint8_t* codes, co
             if (end - to >= 64) _mm512_storeu_si512(to, code);
             else _mm512_mask_storeu_epi8(to, first_of(groups - g), code);
         }
-    return int16_t(_mm512_reduce_add_epi64(sum));
+    return sum;
 }
 
 // The same for at most 128 channels: three permutes gather what a code is made of.
@@ -161,7 +162,7 @@ public:
             }
         for (int64_t k = 0; k < 3; k++) from_[k] = _mm512_load_si512(from[k]);
     }
-    FX_INLINE int16_t operator()(const uint8_t* levels, uint8_t* codes, const uint8_t* end) const {
+    FX_INLINE __m512i operator()(const uint8_t* levels, uint8_t* codes, const uint8_t* end) const {
         const __m512i low = masked(levels, channels_);
         const __m512i high = channels_ > 64 ? masked(levels + 64, channels_ - 64) : low;
         __m512i part[3];
@@ -170,10 +171,12 @@ public:
             part[k] = _mm512_maskz_mov_epi8(there_[k], _mm512_permutex2var_epi8(low, from_[k], high));
         const __m512i code =
             _mm512_ternarylogic_epi32(part[0], _mm512_slli_epi16(part[1], 2), _mm512_slli_epi16(part[2], 4), 0xfe);
-        if (end - codes >= 64) _mm512_storeu_si512(codes, code);
+        if (bytes_ <= 32 && end - codes >= 32)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_castsi512_si256(code));
+        else if (end - codes >= 64) _mm512_storeu_si512(codes, code);
         else _mm512_mask_storeu_epi8(codes, first_of(bytes_), code);
         const __m512i all = _mm512_add_epi8(part[0], _mm512_add_epi8(part[1], part[2]));
-        return int16_t(_mm512_reduce_add_epi64(_mm512_sad_epu8(all, _mm512_setzero_si512())));
+        return _mm512_sad_epu8(all, _mm512_setzero_si512());
     }
 
 private:
@@ -185,15 +188,21 @@ private:
     __m512i from_[3];
 };
 
+// The first `count` words of `sums`.
+FX_INLINE void store_totals(uint64_t sums, int16_t* totals, int64_t count) {
+    for (int64_t i = 0; i < count; i++) totals[i] = int16_t(sums >> 16 * i);
+}
+
 bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
     int16_t* totals = job.totals_of(image);
     const int64_t last = least(end, call.pixels());
     // levels are read in other pieces than they are written in: some pixels later, when they have left the store buffer
-    const int64_t few = call.levels_in ? 1 : 8, level_step = call.levels_in ? call.channels : call.channels + 64;
+    constexpr int64_t FEW = 8;
+    const int64_t level_step = call.levels_in ? call.channels : call.channels + 64;
     uint8_t* found = nullptr;
     if (!call.levels_in) {
-        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(few * level_step)));
+        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(FEW * level_step)));
         if (!found) return false;
     }
     // the codes behind the last pixel may be another thread's
@@ -201,13 +210,22 @@ bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const uint8_t* const stop = codes + (last - begin) * job.pixel_step();
     const bool is_narrow = call.channels <= Narrow::MOST_CHANNELS;
     const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, 0, nullptr, nullptr});
-    for (int64_t p = begin; p < last; p += few) {
-        const int64_t count = least(few, last - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
+    for (int64_t p = begin; p < last; p += FEW) {
+        const int64_t count = least(FEW, last - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
         for (int64_t i = 0; found && i < count; i++)
             levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels, found + i * level_step);
         const uint8_t* levels = found ? found : static_cast<const uint8_t*>(call.x) + at;
-        for (int64_t i = 0; i < count; i++, levels += level_step, codes += job.pixel_step())
-            totals[p + i] = is_narrow ? narrow(levels, codes, stop) : codes_of_pixel(job, levels, codes, stop);
+        // the sums of four pixels are words of the same 64 bits: they take one sum over a register together
+        for (int64_t i = 0; i < count; i += 4) {
+            __m512i sums = _mm512_setzero_si512();
+            const int64_t four = least(4, count - i);
+            for (int64_t j = 0; j < four; j++, levels += level_step, codes += job.pixel_step()) {
+                const __m512i sum =
+                    is_narrow ? narrow(levels, codes, stop) : codes_of_pixel(job, levels, codes, stop);
+                sums = _mm512_or_si512(sums, _mm512_sll_epi64(sum, _mm_cvtsi32_si128(int(16 * j))));
+            }
+            store_totals(uint64_t(_mm512_reduce_add_epi64(sums)), totals + p + i, four);
+        }
     }
     return true;
 }

@@ -47,8 +47,12 @@ public:
         if (count >= 8) {
             FX_UNROLL
             for (int i = 0; i < 8; i++) _mm512_store_si512(to + i * step, table(low, high, i));
-        } else {
-            for (int64_t i = 0; i < count; i++) _mm512_store_si512(to + i * step, table(low, high, int(i)));
+            return;
+        }
+        FX_UNROLL
+        for (int i = 0; i < 8; i++) {
+            if (i >= count) return;
+            _mm512_store_si512(to + i * step, table(low, high, i));
         }
     }
 

@@ -5,13 +5,16 @@ namespace fx {
 namespace table {
 namespace {
 
-// What a tile leaves, S[o] + 256 S[o + 32] and S[o + 32] -> 2 S - X of 64 outputs in order, X of the whole window.
-FX_INLINE void settle(uint16_t* sums, int16_t window) {
-    __m512i* at = reinterpret_cast<__m512i*>(sums);
-    const __m512i odd = _mm512_load_si512(at + 1), minus = _mm512_set1_epi16(window);
-    const __m512i even = _mm512_sub_epi16(_mm512_load_si512(at), _mm512_slli_epi16(odd, 8));
-    _mm512_store_si512(at, _mm512_sub_epi16(_mm512_slli_epi16(even, 1), minus));
-    _mm512_store_si512(at + 1, _mm512_sub_epi16(_mm512_slli_epi16(odd, 1), minus));
+// Words of 64 outputs in order.
+struct Words {
+    __m512i low, high;
+};
+
+// What a tile leaves, S[o] + 256 S[o + 32] and S[o + 32] -> 2 S - X, X of the whole window.
+FX_INLINE Words settled(const uint16_t* sums, int16_t window) {
+    const __m512i odd = _mm512_load_si512(sums + 32), minus = _mm512_set1_epi16(window);
+    const __m512i even = _mm512_sub_epi16(_mm512_load_si512(sums), _mm512_slli_epi16(odd, 8));
+    return {_mm512_sub_epi16(_mm512_slli_epi16(even, 1), minus), _mm512_sub_epi16(_mm512_slli_epi16(odd, 1), minus)};
 }
 
 // Of 16 outputs.
@@ -136,27 +139,37 @@ FX_INLINE __m512i cut_words(const int32_t* from, int64_t count) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+// Of 32 outputs.
+struct Cuts {
+    __m512i at[3];
+
+    Cuts(const BinaryCall& call, int64_t output) {
+        const int64_t outputs = call.layout.outputs;
+        for (int i = 0; i < 3; i++)
+            at[i] = output < outputs ? cut_words(call.cuts + i * outputs + output, outputs - output)
+                                     : _mm512_setzero_si512();
+    }
+    FX_INLINE __m256i operator()(__m512i sums) const {
+        const __m512i one = _mm512_set1_epi16(1);
+        __m512i level = _mm512_maskz_mov_epi16(_mm512_cmpge_epi16_mask(sums, at[0]), one);
+        level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sums, at[1]), level, one);
+        level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sums, at[2]), level, one);
+        return _mm512_cvtepi16_epi8(level);
+    }
+};
+
 void write_levels(const Finished& of, int64_t block, const uint16_t* sums) {
     const BinaryCall& call = of.job.call;
-    const int64_t outputs = call.layout.outputs;
+    const int64_t outputs = call.layout.outputs, first = 64 * block, count = least(64, outputs - first);
     const int64_t pixel = (of.job.first + of.image) * call.out_pixels() + of.place;
-    for (int64_t half = 0; half < 2; half++) {
-        const int64_t o = 64 * block + 32 * half, count = least(32, outputs - o);
-        if (count <= 0) continue;
-        const __mmask32 mask = count == 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
-        __m512i at[3];
-        for (int i = 0; i < 3; i++) at[i] = cut_words(call.cuts + i * outputs + o, count);
-        const uint16_t* from = sums + 32 * half;
-        uint8_t* to = static_cast<uint8_t*>(call.y) + pixel * outputs + o;
-        for (int64_t x = 0; x < of.pixels; x++) {
-            const __m512i sum = _mm512_load_si512(from + 64 * x), one = _mm512_set1_epi16(1);
-            __m512i level = _mm512_maskz_mov_epi16(_mm512_cmpge_epi16_mask(sum, at[0]), one);
-            level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sum, at[1]), level, one);
-            level = _mm512_mask_add_epi16(level, _mm512_cmpge_epi16_mask(sum, at[2]), level, one);
-            const __m256i bytes = _mm512_cvtepi16_epi8(level);
-            if (count == 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + x * outputs), bytes);
-            else _mm256_mask_storeu_epi8(to + x * outputs, mask, bytes);
-        }
+    const Cuts low(call, first), high(call, first + 32);
+    const __mmask64 mask = count == 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
+    uint8_t* to = static_cast<uint8_t*>(call.y) + pixel * outputs + first;
+    for (int64_t x = 0; x < of.pixels; x++, to += outputs, sums += 64) {
+        const Words words = settled(sums, of.windows[x]);
+        const __m512i levels = _mm512_inserti64x4(_mm512_castsi256_si512(low(words.low)), high(words.high), 1);
+        if (count == 64) _mm512_storeu_si512(to, levels);
+        else _mm512_mask_storeu_epi8(to, mask, levels);
     }
 }
 
@@ -166,8 +179,16 @@ void write(const Finished& of) {
     const BinaryCall& call = of.job.call;
     for (int64_t block = of.first; block < of.last; block++) {
         uint16_t* sums = of.sums + (block - of.first) * of.block_step;
-        for (int64_t x = 0; x < of.pixels; x++) settle(sums + 64 * x, of.windows[x]);
-        (call.cuts ? write_levels : call.y_channels_last ? write_pixels : write_channels)(of, block, sums);
+        if (call.cuts) {
+            write_levels(of, block, sums);
+            continue;
+        }
+        for (int64_t x = 0; x < of.pixels; x++) {
+            const Words words = settled(sums + 64 * x, of.windows[x]);
+            _mm512_store_si512(sums + 64 * x, words.low);
+            _mm512_store_si512(sums + 64 * x + 32, words.high);
+        }
+        (call.y_channels_last ? write_pixels : write_channels)(of, block, sums);
     }
 }
 
