@@ -27,6 +27,8 @@ struct BinaryElements {
     void (*average)(const float* image, const BinaryPool& pool, int64_t row, float* y);
     // mean over all pixels of an image
     void (*mean)(const float* image, int64_t pixels, int64_t channels, float* y);
+    // (pixels, channels) -> (channels, pixels)
+    void (*flatten)(const float* image, int64_t pixels, int64_t channels, float* y);
 };
 extern const BinaryElements binary_elements_portable, binary_elements_avx2, binary_elements_avx512;
 

@@ -112,10 +112,46 @@ void max_windows(const typename Vector::Value* image, const BinaryPool& pool, in
     }
 }
 
+// 16 rows of 16 values: in each step the halves of twice as many rows change places.
+FX_INLINE void transpose(__m512* rows) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    FX_UNROLL
+    for (int step = 0; step < 4; step++) {  // row i and row i + 8 become the rows 2 i and 2 i + 1
+        __m512 next[16];
+        FX_UNROLL
+        for (int i = 0; i < 8; i++) {
+            next[2 * i] = _mm512_permutex2var_ps(rows[i], low, rows[i + 8]);
+            next[2 * i + 1] = _mm512_permutex2var_ps(rows[i], high, rows[i + 8]);
+        }
+        FX_UNROLL
+        for (int i = 0; i < 16; i++) rows[i] = next[i];
+    }
+}
+
+void flatten_blocks(const float* image, int64_t pixels, int64_t channels, float* y) {
+    const int64_t whole = channels / LANES32 * LANES32;
+    for (int64_t p = 0; p < pixels; p += LANES32) {
+        const int64_t count = least(LANES32, pixels - p);
+        const __mmask16 mask = __mmask16((1u << count) - 1);
+        for (int64_t c = 0; c < whole; c += LANES32) {
+            __m512 rows[LANES32];
+            FX_UNROLL
+            for (int64_t i = 0; i < LANES32; i++)
+                rows[i] = _mm512_loadu_ps(image + (p + least(i, count - 1)) * channels + c);
+            transpose(rows);
+            FX_UNROLL
+            for (int64_t i = 0; i < LANES32; i++) _mm512_mask_storeu_ps(y + (c + i) * pixels + p, mask, rows[i]);
+        }
+        for (int64_t c = whole; c < channels; c++)
+            for (int64_t i = 0; i < count; i++) y[c * pixels + p + i] = image[(p + i) * channels + c];
+    }
+}
+
 }  // namespace
 
 const BinaryElements binary_elements_avx512 = {
     level_blocks, PLAIN.affine, PLAIN.add, PLAIN.relu, PLAIN.decode, max_windows<Levels64>, max_windows<Floats16>,
-    PLAIN.average, PLAIN.mean};
+    PLAIN.average, PLAIN.mean, flatten_blocks};
 
 }  // namespace fx

@@ -176,7 +176,13 @@ void mean(const float* image, int64_t pixels, int64_t channels, float* y) {
     for (int64_t i = 0; i < channels; i++) y[i] *= share;
 }
 
-constexpr BinaryElements PLAIN = {levels, affine, add, relu_all, decode, max_levels, max_floats, average, mean};
+void flatten(const float* image, int64_t pixels, int64_t channels, float* y) {
+    for (int64_t p = 0; p < pixels; p++)
+        for (int64_t c = 0; c < channels; c++) y[c * pixels + p] = image[p * channels + c];
+}
+
+constexpr BinaryElements PLAIN = {levels,     affine,     add,     relu_all, decode,
+                                  max_levels, max_floats, average, mean,     flatten};
 
 }  // namespace
 }  // namespace fx

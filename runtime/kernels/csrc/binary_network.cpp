@@ -168,14 +168,18 @@ void Network::cat(const Step& step, Value& y) {
 
 // (n, h, w, c) -> (n, c h w): channels go first, as in the networks that are compiled.
 void Network::flatten(const Value& x, Value& y) {
-    const int64_t pixels = x.h * x.w;
-    for (int64_t n = 0; n < x.n; n++)
+    const int64_t pixels = x.h * x.w, each = pixels * x.c;
+    const uint8_t* from = static_cast<const uint8_t*>(x.at);
+    uint8_t* to = static_cast<uint8_t*>(y.at);
+    if (pixels == 1) return void(memcpy(to, from, size_t(x.bytes())));
+    for (int64_t n = 0; n < x.n; n++) {
+        if (!x.levels) {
+            run_.flatten(x.floats() + n * each, pixels, x.c, static_cast<float*>(y.at) + n * each);
+            continue;
+        }
         for (int64_t p = 0; p < pixels; p++)
-            for (int64_t c = 0; c < x.c; c++) {
-                const int64_t from = (n * pixels + p) * x.c + c, to = (n * x.c + c) * pixels + p;
-                if (x.levels) static_cast<uint8_t*>(y.at)[to] = static_cast<const uint8_t*>(x.at)[from];
-                else static_cast<float*>(y.at)[to] = x.floats()[from];
-            }
+            for (int64_t c = 0; c < x.c; c++) to[n * each + c * pixels + p] = from[n * each + p * x.c + c];
+    }
 }
 
 }  // namespace network

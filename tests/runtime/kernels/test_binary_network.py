@@ -346,7 +346,7 @@ def test_levels_and_max_pools_of_whole_vectors(channels: int, descending: bool) 
     program = parse(
         f"input channels={channels}\nlevels x=0 channels={channels}\ndecode x=1\nmax_pool x=1 {window}\n"
         f"decode x=3\nmax_pool x=0 {window}\nmax_pool x=0 kernel=2,3 dilation=2,1 ceil=1 stride=2,3\n"
-        "output x=2\noutput x=4\noutput x=5\noutput x=6"
+        "flatten x=0\nflatten x=5\noutput x=2\noutput x=4\noutput x=5\noutput x=6\noutput x=7\noutput x=8 dims=2"
     )
     x = torch.randn(2, channels, 9, 8)
     x[0, ::3, 2, 2], x[1, ::5, 0] = float("nan"), -float("inf")
@@ -354,7 +354,7 @@ def test_levels_and_max_pools_of_whole_vectors(channels: int, descending: bool) 
     thresholds[:, 1::2] = thresholds[:, 1::2].flip(0) if descending else thresholds[:, 1::2]
     x[:, :, 4, 4] = thresholds[1]  # on a threshold
     step = (torch.ones(1),)
-    tensors: list[tuple[Tensor, ...]] = [(thresholds,), step, (), step, (), ()]
+    tensors: list[tuple[Tensor, ...]] = [(thresholds,), step, (), step, (), (), (), ()]
     wanted = compute(program, tensors, [x])
     for isa in kernels.isas():
         with kernels.using(isa):
