@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ...ir.graph import Graph
 from ...runtime.data import Inputs
@@ -89,30 +89,20 @@ def set_channels_last(graph: Graph, author: str) -> None:
 
     A `view` that merges channels with space (flatten before a linear layer) cannot be one on such tensors: it becomes
     the `reshape` that copies where it must. A product-quantized convolution has no weight to lay out: one that reads an
-    input of the network gets it converted.
+    input of the network writes channels-last whatever it reads.
     """
-    with graph.edit(author) as nodes:
+    with graph.edit(author):
         for node in graph.nodes:
             if node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default
-            if isinstance(graph.layer(node), PQConv2d) and node.all_input_nodes[0].op == "placeholder":
-                _convert_input(nodes, node)
+            layer = graph.layer(node)
+            if isinstance(layer, PQConv2d) and node.all_input_nodes[0].op == "placeholder":
+                layer.channels_last = True
     fresh: dict[int, nn.Parameter] = {}
     for module in graph.module.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 4:
                 module._parameters[name] = fresh.setdefault(id(parameter), _channels_last(parameter))
-
-
-def _convert_input(nodes: fx.Graph, node: fx.Node) -> None:
-    """Give a layer its input `(N, C, H, W)` channels-last."""
-    source = node.all_input_nodes[0]
-    if len(source.meta["spec"].shape) != 4:
-        return
-    with nodes.inserting_before(node):
-        laid_out = nodes.call_function(aten.clone.default, (source,), {"memory_format": torch.channels_last})
-    laid_out.meta = dict(source.meta)
-    node.replace_input_with(source, laid_out)
 
 
 def _channels_last(parameter: nn.Parameter) -> nn.Parameter:

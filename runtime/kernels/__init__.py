@@ -4,7 +4,7 @@ Importing the package registers the operators:
 
     torch.ops.fxpress.pq_linear(x, codebook, layout, bias, out_features, tables, relu) -> (…, out)
     torch.ops.fxpress.pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation,
-                                groups, tables, relu, pool) -> (N, out, Ho, Wo)
+                                groups, tables, relu, pool, channels_last) -> (N, out, Ho, Wo)
 
 x and codebook (M, K, d) are float32, `layout` comes from `prepare_linear` or `prepare_conv2d`, bias may be None, tables
 is "fp32", "int16" or "int8" (`reference.py` has the formulas). No gradients: a layer that trains decodes its weight.

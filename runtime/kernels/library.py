@@ -15,7 +15,7 @@ from ...ir.errors import KernelError
 
 # name -> number in csrc/common.h, the fastest first
 _NUMBERS = {"avx512": 2, "avx2": 1, "portable": 0}
-_ABI = 5
+_ABI = 6
 # another build of the library to load, for example one with a sanitizer
 _VARIABLE = "FXPRESS_KERNEL_LIBRARY"
 _chosen: str | None = None

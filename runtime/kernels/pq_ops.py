@@ -17,7 +17,7 @@ from .bound import Bound, Output, image_form, pointer, register
 
 _TABLES = ("fp32", "int16", "int8")
 _LINEAR = struct.Struct("3P7q3i")
-_CONV = struct.Struct("3P26q4i")
+_CONV = struct.Struct("3P26q5i")
 
 
 class _BoundPQ(Bound):
@@ -91,9 +91,10 @@ class BoundPQLinear(_BoundPQ):
 
 class BoundPQConv2d(_BoundPQ):
     """pq_conv2d(x, codebook, layout, bias, out_channels, kernel_size, stride, padding, dilation, groups, tables, relu,
-    pool).
+    pool, channels_last).
 
-    `pool` is empty, or kernel, stride and padding of a max pool of the rectified outputs, two numbers each.
+    `pool` is empty, or kernel, stride and padding of a max pool of the rectified outputs, two numbers each. Outputs lie
+    as x does, or `channels_last` whatever x does.
     """
 
     name, function, _count = "pq_conv2d", "fxpress_pq_conv2d", 10
@@ -101,11 +102,12 @@ class BoundPQConv2d(_BoundPQ):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pool: Sequence[int] = arguments[11] if len(arguments) > 11 else ()
+        self._last: bool = arguments[12] if len(arguments) > 12 else False
         self._window: Sequence[Sequence[int]] = arguments[4:8]
         self._groups: int = arguments[8]
 
     def output(self, x: Tensor) -> Output:
-        """(N, C, H, W) → (N, out, H', W') in the format of x."""
+        """(N, C, H, W) → (N, out, H', W')."""
         if x.dim() != 4 or self._groups < 1 or x.shape[1] % self._groups or self._outputs % self._groups:
             given = f"x {tuple(x.shape)} and {self._outputs} outputs"
             raise KernelError(f"{given} do not make {self._groups} groups of (N, C, H, W) images")
@@ -114,7 +116,8 @@ class BoundPQConv2d(_BoundPQ):
         if any(edge < 1 for edge in size):
             kernel = tuple(self._window[0])
             raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {kernel}")
-        return Output((x.shape[0], self._outputs, *self._pooled(size)), form=image_form(x))
+        form = torch.channels_last if self._last else image_form(x)
+        return Output((x.shape[0], self._outputs, *self._pooled(size)), form=form)
 
     def _convolved(self, x: Tensor) -> list[int]:
         """Height and width of the outputs before the pool."""
@@ -144,12 +147,13 @@ class BoundPQConv2d(_BoundPQ):
         window = (number for pair in self._window for number in pair)
         sizes = *x.shape, self._outputs, *self._convolved(x), *window, self._groups, *self._codebook.shape
         pool = self._pool or (0,) * 6
-        flags = output.form == torch.channels_last, dims_major, _TABLES.index(self._tables), self._relu
+        last = image_form(x) == torch.channels_last, output.form == torch.channels_last
+        flags = *last, dims_major, _TABLES.index(self._tables), self._relu
         return _CONV.pack(*pointers, self._layout.numel(), *sizes, *pool, *flags)
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
-        return reference.pq_conv2d(x, *self.arguments)
+        return reference.pq_conv2d(x, *self.arguments[:12])
 
 
 register(
@@ -158,6 +162,7 @@ register(
 )
 register(
     "(Tensor x, Tensor codebook, Tensor layout, Tensor? bias, int out_channels, int[2] kernel_size, int[2] stride, "
-    "int[2] padding, int[2] dilation, int groups, str tables, bool relu=False, int[] pool=[]) -> Tensor",
+    "int[2] padding, int[2] dilation, int groups, str tables, bool relu=False, int[] pool=[], "
+    "bool channels_last=False) -> Tensor",
     BoundPQConv2d,
 )

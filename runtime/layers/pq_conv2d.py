@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -29,6 +30,8 @@ class PQConv2d(PQLayer):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in torch.nn.Conv2d.
         pool: kernel, stride and padding, (height, width) each, of a max pool behind the ReLU; empty for none. The layer
             then gives what the pool does, and by table its own outputs are never written to memory as a whole.
+        channels_last: whether the outputs lie channels-last whatever the images do (`emit` asks for it where a network
+            begins); else they lie as the images.
         **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, `relu`, as in `PQLayer`.
 
     Raises:
@@ -37,7 +40,8 @@ class PQConv2d(PQLayer):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Pair, stride: Pair = 1, padding: Pair | str = 0,
-        dilation: Pair = 1, groups: int = 1, bias: bool = True, pool: Sequence[int] = (), **options: Any,
+        dilation: Pair = 1, groups: int = 1, bias: bool = True, pool: Sequence[int] = (), channels_last: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         _check(in_channels, out_channels, groups, padding)
         size = _pair(kernel_size)
@@ -45,7 +49,7 @@ class PQConv2d(PQLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = size, _pair(stride), _pair(dilation)
         self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.pool = tuple(pool)
+        self.pool, self.channels_last = tuple(pool), channels_last
         _check_pool(self.pool, self.relu)
 
     @classmethod
@@ -91,6 +95,8 @@ class PQConv2d(PQLayer):
         """`(N, in, H, W)` -> `(N, out, H', W')`, or both without N."""
         padding = self._even_padding()
         x = self._padded(x)
+        if self.channels_last and x.dim() == 4:  # outputs follow
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.finish(F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups))
 
     def finish(self, y: Tensor) -> Tensor:
@@ -113,7 +119,8 @@ class PQConv2d(PQLayer):
         layout = kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
         window = self.kernel_size, self.stride, self._even_padding(), self.dilation
         sizes = self.out_channels, *window, self.groups
-        return kernels.BoundPQConv2d(codebook, layout, self.bias, *sizes, self.tables, self.relu, self.pool)
+        ends = self.relu, self.pool, self.channels_last
+        return kernels.BoundPQConv2d(codebook, layout, self.bias, *sizes, self.tables, *ends)
 
     def _both_sides(self) -> tuple[int, int]:
         """Rows and columns that a padding in words adds to both sides together."""
@@ -140,8 +147,8 @@ class PQConv2d(PQLayer):
         """The arguments, as `repr` shows them."""
         shape = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
         rest = f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}"
-        pool = f", pool={self.pool}" if self.pool else ""
-        return f"{self.in_channels}, {self.out_channels}, {shape}, {rest}, {self._options_repr()}{pool}"
+        ends = f"{f', pool={self.pool}' if self.pool else ''}{', channels_last=True' if self.channels_last else ''}"
+        return f"{self.in_channels}, {self.out_channels}, {shape}, {rest}, {self._options_repr()}{ends}"
 
 
 def _check(in_channels: int, out_channels: int, groups: int, padding: Pair | str) -> None:
@@ -169,4 +176,4 @@ def _check_pool(pool: tuple[int, ...], relu: bool) -> None:
         raise OptionError("pool asks for relu", hint="Leave the pool to a layer of its own.")
 
 
-register_layer(PQConv2d, (*_SHAPE, *OPTIONS, "pool"), ("bias",), ATTRIBUTES)
+register_layer(PQConv2d, (*_SHAPE, *OPTIONS, "pool", "channels_last"), ("bias",), ATTRIBUTES)

@@ -200,7 +200,7 @@ class PQLayer(nn.Module):
         return parameters["codebook"], self._buffers["indices"], parameters.get("bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("codebook", "indices", "bias", "kernel", "tables", "precision", "relu", "pool"):
+        if name in ("codebook", "indices", "bias", "kernel", "tables", "precision", "relu", "pool", "channels_last"):
             self._prepared = None
         super().__setattr__(name, value)
 

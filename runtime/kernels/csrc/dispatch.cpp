@@ -23,6 +23,6 @@ bool can_run(int isa) {
 }  // namespace fx
 
 // Version of the C functions; library.py refuses a library that is not its own.
-FX_EXPORT int fxpress_abi() { return 5; }
+FX_EXPORT int fxpress_abi() { return 6; }
 
 FX_EXPORT int fxpress_can_run(int isa) { return fx::can_run(isa); }

@@ -142,8 +142,8 @@ int run(Call& call) {
 }  // namespace
 }  // namespace fx
 
-// x (images, channels, height, width) and y (images, outputs, ...), both contiguous or both channels-last (`last`); bias
-// may be null. out_height and out_width are those of the convolution, before a pool. pq_ops.py packs the same fields.
+// x (images, channels, height, width) and y (images, outputs, ...), each contiguous or channels-last (`last`); bias may be
+// null. out_height and out_width are those of the convolution, before a pool. pq_ops.py packs the same fields.
 struct FxpressPQConv2d {
     FxpressCall call;
     const float* codebook;
@@ -154,7 +154,7 @@ struct FxpressPQConv2d {
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     int64_t groups, subspaces, codewords, subwidth;
     int64_t pool_kernel[2], pool_stride[2], pool_padding[2];  // of a max pool behind the ReLU; kernel 0: none
-    int32_t last, dims_major, tables, relu;
+    int32_t last, y_last, dims_major, tables, relu;
 };
 
 FX_EXPORT int fxpress_pq_conv2d(const FxpressPQConv2d* layer) {
@@ -173,7 +173,7 @@ FX_EXPORT int fxpress_pq_conv2d(const FxpressPQConv2d* layer) {
     }
     s.groups = of.groups, s.subspaces = of.subspaces, s.codewords = of.codewords, s.subwidth = of.subwidth;
     call.x = static_cast<const float*>(of.call.x), call.y = static_cast<float*>(of.call.y);
-    call.codebook = of.codebook, call.bias = of.bias, call.mode = of.tables, call.last = of.last != 0;
+    call.codebook = of.codebook, call.bias = of.bias, call.mode = of.tables, call.last = of.last != 0, call.y_last = of.y_last != 0;
     call.relu = of.relu != 0, call.dims_major = of.dims_major != 0, call.threads = int(most(1, least(of.call.threads, 1024)));
     if (int status = check(call)) return status;
     call.kernels = kernels_of(of.call.isa);

@@ -16,8 +16,8 @@ struct Call {
     const float *x = nullptr, *bias = nullptr, *codebook = nullptr;
     float* y = nullptr;
     int mode = FP32, threads = 1;
-    bool last = false, dims_major = false;  // channels-last images; code words adjacent in memory
-    bool relu = false;
+    bool last = false, y_last = false;  // channels-last images, outputs
+    bool dims_major = false, relu = false;  // code words adjacent in memory
 
     // derived
     bool quantized = false;         // integer tables are possible at all

@@ -49,14 +49,14 @@ struct Rows {
         const int64_t width = call.pool.width, area = call.pool.height * width;
         const int64_t channel = group * s.group_outputs + block * BLOCK;
         float* y = call.y + image.number * s.outputs * area;
-        return call.last ? y + out * width * s.outputs + channel : y + channel * area + out * width;
+        return call.y_last ? y + out * width * s.outputs + channel : y + channel * area + out * width;
     }
     void forget() {
         for (int64_t i = 0; i < call.ring(); i++) held[i] = -1;
     }
     void write(int64_t block, int64_t out, const float* from) {
         const int64_t width = call.pool.width;
-        if (!call.last)
+        if (!call.y_last)
             return call.kernels->transpose(from, BLOCK, width, channels(block), output(block, out),
                                            call.pool.height * width);
         for (int64_t x = 0; x < width; x++)
@@ -69,9 +69,9 @@ struct Rows {
                     BLOCK};
         for (int64_t block = 0; block < t.blocks; block++) {
             for (int64_t row = begin; row < end; row++) pool_rows[row - begin] = unpooled_row(block, row);
-            if (call.last) job.y = output(block, out), job.y_stride = s.outputs, job.channels = channels(block);
+            if (call.y_last) job.y = output(block, out), job.y_stride = s.outputs, job.channels = channels(block);
             call.kernels->pool(&job);
-            if (!call.last) write(block, out, tile);
+            if (!call.y_last) write(block, out, tile);
         }
     }
 };
@@ -186,11 +186,11 @@ struct Quantized : Rows {
         for (int64_t block = 0; block < t.blocks; block++) {
             const int64_t at = block * s.out_width * BLOCK;
             const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
-            const bool direct = call.last && !pooled();
+            const bool direct = call.y_last && !pooled();
             float* y = pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile;
             call.kernels->finish(sums[0] + at, wide ? sums[1] + at : nullptr, s.out_width, constant, image.unit, bias,
                                  call.relu, y, direct ? s.outputs : BLOCK, direct ? channels(block) : BLOCK);
-            if (!call.last && !pooled()) write(block, out, tile);
+            if (!call.y_last && !pooled()) write(block, out, tile);
         }
     }
 };

@@ -309,9 +309,12 @@ def test_any_memory_order_of_the_images(tables: str, isa: str) -> None:
         gaps[..., ::2] = tensors.x
         strided = replace(tensors, x=gaps[..., ::2]).run()
         turned = replace(tensors, x=tensors.x.transpose(2, 3).contiguous().transpose(2, 3)).run()
+        forced = [
+            torch.ops.fxpress.pq_conv2d(*replace(tensors, x=x).arguments(), True) for x in (tensors.x, gaps[..., ::2])
+        ]
     assert all(image.is_contiguous() for image in (y, strided, turned))
-    assert last.is_contiguous(memory_format=torch.channels_last)
-    for other in (last, strided, turned):
+    assert all(image.is_contiguous(memory_format=torch.channels_last) for image in (last, *forced))
+    for other in (last, strided, turned, *forced):
         assert torch.equal(y, other)
     book = replace(tensors, codebook=kernels.prepare_codebook(tensors.codebook))
     assert torch.equal(y, book.run()), "the memory order of a codebook does not matter"

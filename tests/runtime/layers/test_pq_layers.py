@@ -145,7 +145,7 @@ def test_is_rebuilt_from_its_configuration() -> None:
         PQLinear(10, 7, False, **options),
         PQLinear(10, 7, False, **options, relu=True),
         PQConv2d(12, 20, (3, 1), 2, "valid", 2, 2, True, **options),
-        PQConv2d(12, 20, 3, relu=True, pool=(3, 2, 2, 2, 1, 0), **options),
+        PQConv2d(12, 20, 3, relu=True, pool=(3, 2, 2, 2, 1, 0), channels_last=True, **options),
     ):
         config = dialect.config(layer)
         twin = dialect.build(type(layer).__name__, config)
@@ -160,6 +160,8 @@ def test_relu_and_pool_are_those_of_torch(kernel: Any) -> None:
     options: dict[str, Any] = {"subspace": 2, "codewords": 16, "kernel": kernel}
     pool = (3, 2, 2, 1, 1, 0)
     conv = PQConv2d(6, 8, 3, padding="same", relu=True, pool=pool, **options).eval()
+    last = PQConv2d(6, 8, 3, channels_last=True, **options).eval().requires_grad_(False)
+    assert last(torch.randn(2, 6, 9, 8)).is_contiguous(memory_format=torch.channels_last)
     head = PQLinear(8, 5, relu=True, **options).eval()
     x = torch.randn(2, 6, 9, 8)
     for layer, inputs in ((conv, x), (conv, x[0]), (head, torch.randn(3, 4, 8))):
