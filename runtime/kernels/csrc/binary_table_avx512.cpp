@@ -21,12 +21,13 @@ constexpr int64_t WRITTEN = 112;          // pixels that are written together, w
 struct TableBytes {
     alignas(64) uint8_t total[64] = {};     // of a code, the sum of its levels
     alignas(64) uint8_t kept[64] = {};      // [j]: the levels of a code that the low three bits of j pick
-    alignas(64) uint8_t index[8][64] = {};  // [i]: 8 i to 8 i + 7, each eight times
+    alignas(64) uint8_t round[8][64] = {};  // [i]: 8 i to 8 i + 7 in turn
+    alignas(64) uint8_t each[8][64] = {};   // [i]: 8 i to 8 i + 7, each eight times
     constexpr TableBytes() {
         for (int j = 0; j < 64; j++) {
             total[j] = uint8_t((j & 3) + (j >> 2 & 3) + (j >> 4));
             kept[j] = uint8_t((j & 1 ? 3 : 0) + (j & 2 ? 12 : 0) + (j & 4 ? 48 : 0));
-            for (int i = 0; i < 8; i++) index[i][j] = uint8_t(8 * i + j / 8);
+            for (int i = 0; i < 8; i++) round[i][j] = uint8_t(8 * i + j % 8), each[i][j] = uint8_t(8 * i + j / 8);
         }
     }
 };
@@ -35,9 +36,16 @@ constexpr TableBytes TABLE_BYTES;
 // Codes -> tables, eight at a time.
 class TableMaker {
 public:
-    TableMaker() : total_(_mm512_load_si512(TABLE_BYTES.total)), kept_(_mm512_load_si512(TABLE_BYTES.kept)) {
+    TableMaker() {
+        const TableBytes* bytes = &TABLE_BYTES;
+#if defined(__GNUC__)
+        // constants that a compiler knows it makes anew, by instructions that compete with the permutes
+        asm("" : "+r"(bytes));
+#endif
+        total_ = _mm512_load_si512(bytes->total), kept_ = _mm512_load_si512(bytes->kept);
         FX_UNROLL
-        for (int i = 0; i < 8; i++) index_[i] = _mm512_load_si512(TABLE_BYTES.index[i]);
+        for (int i = 0; i < 8; i++)
+            round_[i] = _mm512_load_si512(bytes->round[i]), each_[i] = _mm512_load_si512(bytes->each[i]);
     }
     // By the codes of their first and of their other three channels, eight bytes each; the first `count` are stored,
     // `step` bytes apart.
@@ -60,15 +68,14 @@ private:
     // [code][8]: the sums of three levels by three bits of an index
     FX_INLINE __m512i sums(const uint8_t* codes) const {
         const __m512i eight = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-        const __m512i picked = _mm512_and_si512(_mm512_permutexvar_epi8(index_[0], eight), kept_);
+        const __m512i picked = _mm512_and_si512(_mm512_permutexvar_epi8(each_[0], eight), kept_);
         return _mm512_permutexvar_epi8(picked, total_);
     }
     // Of an index, the low three bits come round eight times, and the high ones change every eight times.
     FX_INLINE __m512i table(__m512i low, __m512i high, int i) const {
-        return _mm512_add_epi8(_mm512_permutexvar_epi64(_mm512_set1_epi64(i), low),
-                               _mm512_permutexvar_epi8(index_[i], high));
+        return _mm512_add_epi8(_mm512_permutexvar_epi8(round_[i], low), _mm512_permutexvar_epi8(each_[i], high));
     }
-    __m512i total_, kept_, index_[8];
+    __m512i total_, kept_, round_[8], each_[8];
 };
 
 // Output rows [top, bottom) and blocks of 64 outputs [first, last) of one image.
