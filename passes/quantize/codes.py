@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kmeans import kmeans
 from .plan import Layout
-from .rate import constrained, total_bits
+from .rate import code_lengths, coded, constrained
 
 
 @dataclass
@@ -41,10 +41,16 @@ class Codes:
         return self.labels.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     @property
-    def code_bits(self) -> float:
-        """Bits of all indices with an ideal code for each sub-space."""
+    def counts(self) -> Tensor:
+        """How often each codeword is named, (M, K)."""
         words = self.codebook.shape[1]
-        return sum(float(total_bits(torch.bincount(part.flatten(), minlength=words))) for part in self.labels.long())
+        return torch.stack([torch.bincount(part.flatten(), minlength=words) for part in self.labels.long()])
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of all indices with an ideal code for the layer, by the ranks of codewords in their sub-spaces."""
+        counts = self.counts
+        return coded(code_lengths(counts), counts)
 
 
 def gather(words: Tensor, labels: Tensor) -> Tensor:
@@ -66,10 +72,9 @@ def first_codes(
 ) -> Codes:
     """Plain product quantization: k-means of each sub-space's vectors over all taps, outputs and groups.
 
-    With a weight r on the rate, it goes on from there to a smaller E + μ · bits: E is the squared error, `bits` are
-    those of all n indices, and μ = r · 2 ln(2) / d · E₀ / n with E₀ the error of k-means. At high rates one bit more
-    divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means. One μ for all
-    sub-spaces spends the bits where they save most.
+    With a weight r on the rate, it goes on from there to a smaller E + μ · bits (`rate.py`), where E is the squared
+    error and `bits` are those of all n indices: μ = r · 2 ln(2) / d · E₀ / n, with E₀ the error of k-means. At high rates
+    one bit more divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means.
 
     Args:
         layout: of the layer.

@@ -8,9 +8,11 @@ share, are found together, and a step that would raise the error is not made.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .codes import Codes
 from .problem import Problem
+from .rate import code_lengths, coded
 from .subspace import Subspace
 
 ROWS = 256
@@ -39,8 +41,12 @@ class Correction:
         self.multiplier = codes.multiplier * float(problem.gram.diagonal(dim1=1, dim2=2).mean(dtype=torch.float64))
         self.first = problem.error(self.gap)
         """The error to begin with, without the rate."""
-        self.errors = [self.first + (self.multiplier * codes.code_bits if self.multiplier else 0.0)]
+        self.errors = [self.first]
         """What is minimised, to begin with and behind each sweep; never rises."""
+        self.prices: Tensor | None = None
+        if self.multiplier:
+            self.prices = self.multiplier * code_lengths(codes.counts)
+            self.errors[0] += coded(self.prices, codes.counts)
 
     def sweep(self) -> float:
         """Treat every sub-space once; return what is minimised, behind it."""
@@ -49,8 +55,16 @@ class Correction:
         for first in range(0, len(self.codes.codebook), per_block):
             last = min(first + per_block, len(self.codes.codebook))
             error -= self._block(first, last)
+        if self.prices is not None:
+            error -= self._recode(self.prices)
         self.errors.append(min(max(error, 0.0), self.errors[-1]))
         return self.errors[-1]
+
+    def _recode(self, old: Tensor) -> float:
+        """Give the labels that there are now the code that suits them; return what that saves."""
+        counts = self.codes.counts
+        self.prices = self.multiplier * code_lengths(counts)
+        return coded(old, counts) - coded(self.prices, counts)
 
     @property
     def _height(self) -> int:
@@ -73,7 +87,7 @@ class Correction:
                 residual[:, here],
                 self.codes.codebook[index],
                 self.codes.labels[index],
-                self.multiplier,
+                self.prices,
             )
             change, gain = space.improved(self.rounds)
             if gain <= 0:

@@ -23,8 +23,8 @@ class Outcome:
         dense_bytes: of its weight before.
         bytes: of codebook and packed indices.
         weight_error: ‖W − Ŵ‖ / ‖W‖ of the weight as it is stored.
-        index_bits: mean bits of an index with an ideal code for each sub-space: the entropy of how often it uses its
-            codewords, at most log2(K).
+        index_bits: mean bits of an index with an ideal code for the layer: the entropy of the ranks of codewords, by
+            how often their sub-space uses them, at most log2(K).
         before: relative error ‖Y − X Ŵ‖ / ‖Y‖ of k-means on the calibration data; None without data.
         after: the same behind error correction, with codewords as they are stored.
         errors: what error correction minimises, to begin with and behind each sweep, in the same unit: the error of

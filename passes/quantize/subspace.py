@@ -8,7 +8,7 @@ from torch import Tensor
 from .codes import gather
 from .kmeans import nearest
 from .problem import inner
-from .rate import code_lengths, total_bits
+from .rate import coded, of_words
 
 STEPS = 12
 """Steps of conjugate gradients at most."""
@@ -32,41 +32,41 @@ class Subspace:
     *Labels.* Tap by tap, each output takes the codeword with the least D_kᵀ A D_k − 2 D_kᵀ (Q_o + A D_old), A of that
     tap alone.
 
-    *Rate.* With a price μ on each bit, a label costs μ bits(D_k) more, of an ideal code for how often the sub-space's
-    labels name each codeword, and what falls is the error plus μ times the bits of all labels. A codeword that no label
-    names then stays so.
+    *Rate.* With a price on ranks, a label costs what the rank of its codeword does, where the first rank has the one
+    that is named most often, and what falls is the error plus the prices of all labels.
 
     Args:
         gram: A, (groups, taps * d, taps * d).
         residual: Q, (groups, taps * d, outputs).
         words: codewords (K, d).
         labels: uint8 (groups, taps, outputs).
-        multiplier: μ, error per bit.
+        prices: of a label by its codeword's rank, in units of the error, (K,), rising; None: labels are free.
     """
 
-    def __init__(self, gram: Tensor, residual: Tensor, words: Tensor, labels: Tensor, multiplier: float = 0.0) -> None:
+    def __init__(
+        self, gram: Tensor, residual: Tensor, words: Tensor, labels: Tensor, prices: Tensor | None = None
+    ) -> None:
         self.gram, self.start = gram.contiguous(), residual
         self.residual, self.words, self.labels = residual.clone(), words.clone(), labels.clone()
-        self.taps, self.width, self.multiplier = labels.shape[1], words.shape[1], multiplier
+        self.taps, self.width, self.prices = labels.shape[1], words.shape[1], prices
         blocks = [self._tap(tap) for tap in range(self.taps)]
         self.average = torch.stack([self.gram[:, own, own].mean(0) for own in blocks]).mean(0)
         self.inverse = _inverse(self.average)
 
     def improved(self, rounds: int) -> tuple[Tensor, float]:
         """Update codewords and labels in turn; the change of the weights (groups, taps * d, outputs), and the gain."""
-        before, rate = gather(self.words, self.labels), self._rate()
+        before, price = gather(self.words, self.labels), self._price()
         for _ in range(rounds):
             self._update_words()
-            if not self.multiplier:
-                self._refill()
+            self._refill()
             self._update_labels()
         change = gather(self.words, self.labels) - before
         # the residual fell by A δ: δᵀ A δ − 2 δᵀ Q_before = −δᵀ (Q_before + Q_behind)
-        return change, inner(change, self.start + self.residual) + rate - self._rate()
+        return change, inner(change, self.start + self.residual) + price - self._price()
 
-    def _rate(self) -> float:
-        """What the bits of all labels cost."""
-        return self.multiplier * float(total_bits(self._counts())) if self.multiplier else 0.0
+    def _price(self) -> float:
+        """What all labels cost."""
+        return 0.0 if self.prices is None else coded(self.prices, self._counts())
 
     def _tap(self, tap: int) -> slice:
         return slice(tap * self.width, (tap + 1) * self.width)
@@ -144,7 +144,7 @@ class Subspace:
     # -- labels ---------------------------------------------------------------------------------------------
 
     def _update_labels(self) -> None:
-        prices = self.multiplier * code_lengths(self._counts())[:, None] if self.multiplier else None
+        prices = None if self.prices is None else of_words(self.prices, self._counts())[:, None]
         for tap in range(self.taps):
             own = self._tap(tap)
             gram = self.gram[:, own, own]

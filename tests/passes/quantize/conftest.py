@@ -48,12 +48,11 @@ class Reference:
         return ((self.y - response) ** 2).sum() + self.ridge * ((self.weight - now) ** 2).sum()
 
     def bits(self):
-        """Bits of all indices with an ideal code for each sub-space."""
-        total = 0.0
-        for labels in self.labels:
-            counts = np.unique(labels, return_counts=True)[1]
-            total -= (counts * np.log2(counts / counts.sum())).sum()
-        return total
+        """Bits of all indices with an ideal code for the ranks of codewords, by how often a sub-space uses them."""
+        words = self.codebook.shape[1]
+        counts = sum(-np.sort(-np.bincount(labels.flatten(), minlength=words)) for labels in self.labels)
+        used = counts[counts > 0]
+        return -(used * np.log2(used / used.sum())).sum()
 
     def best_words(self, space):
         """All codewords of a sub-space by least squares on stacked equations, everything else fixed."""

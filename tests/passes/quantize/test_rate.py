@@ -11,7 +11,7 @@ import torch
 from fxpress.passes.quantize.codes import first_codes, in_order
 from fxpress.passes.quantize.kmeans import assign, kmeans
 from fxpress.passes.quantize.plan import Layout
-from fxpress.passes.quantize.rate import code_lengths, constrained, total_bits
+from fxpress.passes.quantize.rate import code_lengths, coded, constrained, of_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +22,20 @@ def seeded(number=0):
     return torch.Generator().manual_seed(number)
 
 
-def entropy_bits(labels):
-    """n times the entropy of labels (n,), in bits."""
-    shares = np.unique(np.asarray(labels), return_counts=True)[1] / len(labels)
-    return -len(labels) * (shares * np.log2(shares)).sum()
+def lengths_of(labels, words):
+    """Bits of each codeword (M, K) by the labels (M, n) of all sub-spaces: −log2 of the share of its rank."""
+    counts = np.stack([np.bincount(some, minlength=words) for some in np.asarray(labels)])
+    order = np.argsort(-counts, axis=1, kind="stable")
+    with np.errstate(divide="ignore"):
+        by_rank = -np.log2(np.take_along_axis(counts, order, 1).sum(0) / counts.sum())
+    lengths = np.empty(counts.shape)
+    np.put_along_axis(lengths, order, np.broadcast_to(by_rank, counts.shape), 1)
+    return lengths
+
+
+def rank_bits(labels, words=8):
+    """Bits of all labels (M, n) with the code that suits them."""
+    return np.take_along_axis(lengths_of(labels, words), np.asarray(labels).astype(int), 1).sum()
 
 
 def begun(seed=0, count=2, vectors=150, width=2, words=8):
@@ -36,38 +46,39 @@ def begun(seed=0, count=2, vectors=150, width=2, words=8):
 
 def lagrangian(points, found, multiplier):
     """Squared error and price of the bits, from codewords and labels alone."""
-    total = 0.0
+    total = multiplier * rank_bits(found.labels, found.codebook.shape[1])
     for some, book, labels in zip(points.numpy(), found.codebook.numpy(), found.labels.numpy(), strict=True):
-        total += ((some - book[labels]) ** 2).sum() + multiplier * entropy_bits(labels)
+        total += ((some - book[labels]) ** 2).sum()
     return total
 
 
 def test_lengths_and_bits_of_a_code():
-    counts = torch.tensor([[4.0, 2.0, 1.0, 1.0], [8.0, 0.0, 0.0, 0.0]])
+    counts = torch.tensor([[4.0, 2.0, 1.0, 1.0, 0.0], [0.0, 8.0, 0.0, 0.0, 0.0]])
+    lengths = code_lengths(counts)
     inf = float("inf")
-    assert code_lengths(counts).tolist() == [[1.0, 2.0, 3.0, 3.0], [0.0, inf, inf, inf]]
-    assert total_bits(counts).tolist() == pytest.approx([14.0, 0.0])
-    assert float(total_bits(torch.zeros(3))) == 0.0
+    torch.testing.assert_close(lengths, -torch.tensor([12 / 16, 2 / 16, 1 / 16, 1 / 16, 0]).double().log2())
+    by_word = of_words(torch.tensor([1.0, 2.0, 3.0, 4.0, inf]), counts)
+    assert by_word.tolist() == [[1.0, 2.0, 3.0, 4.0, inf], [2.0, 1.0, 3.0, 4.0, inf]]
+    assert of_words(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])).tolist() == [2.0, 1.0]
+    assert coded(lengths, counts) == pytest.approx(-12 * np.log2(12 / 16) + 2 * 3 + 2 * 4)
 
 
 @pytest.mark.parametrize("multiplier", [0.01, 0.2, 1.0])
 def test_iterations_are_those_of_the_formula(multiplier):
-    points, start = begun()
+    points, start = begun(count=3)
     found = constrained(points, start, multiplier, iterations=4, tolerance=0)
-    for space, some in enumerate(points.numpy()):
-        book, labels = start.codebook[space].numpy().copy(), start.labels[space].numpy()
-        counts = np.bincount(labels, minlength=len(book))
-        for _ in range(4):
-            with np.errstate(divide="ignore"):
-                lengths = -np.log2(counts / counts.sum())
-            costs = ((some[:, None] - book) ** 2).sum(2) + multiplier * lengths
-            labels = costs.argmin(1)
-            counts = np.bincount(labels, minlength=len(book))
-            for word in np.flatnonzero(counts):
-                book[word] = some[labels == word].mean(0)
-        np.testing.assert_array_equal(found.labels[space].numpy(), labels)
-        np.testing.assert_allclose(found.codebook[space].numpy(), book, rtol=1e-9)
-        assert float(found.distortion[space]) == pytest.approx(((some - book[labels]) ** 2).sum())
+    books, labels = start.codebook.numpy().copy(), start.labels.numpy().astype(int)
+    for _ in range(4):
+        lengths = lengths_of(labels, books.shape[1])
+        costs = ((points.numpy()[:, :, None] - books[:, None]) ** 2).sum(3) + multiplier * lengths[:, None]
+        labels = costs.argmin(2)
+        for space, book in enumerate(books):
+            for word in np.unique(labels[space]):
+                book[word] = points[space].numpy()[labels[space] == word].mean(0)
+    np.testing.assert_array_equal(found.labels.numpy(), labels)
+    np.testing.assert_allclose(found.codebook.numpy(), books, rtol=1e-9)
+    gaps = points.numpy() - np.take_along_axis(books, labels[:, :, None], 1)
+    np.testing.assert_allclose(found.distortion.numpy(), (gaps**2).sum((1, 2)))
 
 
 @given(SEEDS, st.sampled_from([1, 3]), st.sampled_from([2, 5, 16]), st.floats(1e-3, 3))
@@ -85,7 +96,7 @@ def test_a_higher_price_chooses_shorter_codes_that_are_farther(seed, width):
     """For the same codewords and lengths, and for all that follows from them."""
     points, start = begun(seed, count=1, vectors=400, width=width)
     columns = points.mT.contiguous()
-    lengths = code_lengths(torch.bincount(start.labels[0].long(), minlength=8).double()[None])
+    lengths = torch.from_numpy(lengths_of(start.labels, 8))
     spent = []
     for multiplier in (0.0, 0.05, 0.2, 0.8):
         labels = assign(columns, columns.square().sum(1), start.codebook.mT, multiplier * lengths)[0].long()
@@ -99,10 +110,10 @@ def test_a_higher_price_chooses_shorter_codes_that_are_farther(seed, width):
 def test_a_larger_weight_gives_fewer_bits_and_a_larger_error(seed, width):
     points, start = begun(seed, count=4, vectors=400, width=width)
     error = float(start.distortion.sum())
-    bits, errors = [sum(map(entropy_bits, start.labels.numpy()))], [error]
+    bits, errors = [rank_bits(start.labels)], [error]
     for weight in (0.3, 1.0, 3.0):
         found = constrained(points, start, weight * error / 1600 / width)
-        bits.append(sum(map(entropy_bits, found.labels.numpy())))
+        bits.append(rank_bits(found.labels))
         errors.append(float(found.distortion.sum()))
     assert bits == sorted(bits, reverse=True)
     assert errors[3] > 1.05 * max(errors[:3])
@@ -117,7 +128,7 @@ def test_a_price_beyond_all_distances_leaves_one_codeword():
     assert torch.isfinite(found.codebook).all()
 
 
-def test_the_sub_spaces_of_a_group_do_not_matter(monkeypatch):
+def test_how_many_sub_spaces_are_done_at_a_time_does_not_matter(monkeypatch):
     points, start = begun(count=5)
     whole = constrained(points, start, 0.2, tolerance=0)
     monkeypatch.setattr("fxpress.passes.quantize.rate.SCORES", 1)
@@ -142,7 +153,7 @@ def test_codes_without_a_weight_on_the_rate_are_those_of_k_means():
     assert torch.equal(codes.codebook, plain.codebook)
     assert torch.equal(codes.labels.flatten(1), plain.labels)
     assert codes.multiplier == 0.0
-    assert codes.code_bits == pytest.approx(sum(map(entropy_bits, plain.labels.numpy())))
+    assert codes.code_bits == pytest.approx(rank_bits(plain.labels))
     error = float(plain.distortion.sum())
     assert codes_of(weight, 0.7).multiplier == pytest.approx(0.7 * 2 * log(2) / 2 * error / plain.labels.numel())
 
