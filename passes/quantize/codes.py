@@ -73,8 +73,8 @@ def first_codes(
     """Plain product quantization: k-means of each sub-space's vectors over all taps, outputs and groups.
 
     With a weight r on the rate, it goes on from there to a smaller E + μ · bits (`rate.py`), where E is the squared
-    error and `bits` are those of all n indices: μ = r · 2 ln(2) / d · E₀ / n, with E₀ the error of k-means. At high rates
-    one bit more divides the error by 4^(1/d), so that r = 1 is the slope of error over rate at the error of k-means.
+    error and `bits` are those of all n indices: μ = r · 2 ln(2) / d · E₀ / n, E₀ being the error of k-means. At high
+    rates one bit more divides the error by 4^(1/d): r = 1 is the slope of error over rate at the error of k-means.
 
     Args:
         layout: of the layer.

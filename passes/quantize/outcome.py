@@ -74,7 +74,7 @@ def _rate(outcomes: Sequence[Outcome], jobs: Sequence[Job], rate_weight: float) 
     counts = [job.layout.indices for job in jobs]
     coded = sum(count * o.index_bits for count, o in zip(counts, outcomes, strict=True)) / sum(counts)
     packed = sum(count * bits(o.codewords) for count, o in zip(counts, outcomes, strict=True)) / sum(counts)
-    priced = f", with weight {rate_weight:g} on their share of what is minimised" if rate_weight else ""
+    priced = f"; they count in what was minimised, with rate weight {rate_weight:g}" if rate_weight else ""
     return f"indices have {coded:.2f} bits of entropy, {packed:.2f} bits packed{priced}"
 
 

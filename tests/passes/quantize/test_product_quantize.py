@@ -223,7 +223,7 @@ def test_a_weight_on_the_rate_makes_indices_shorter(net, batches, correction):
         rows = result.metrics["layers"]
         assert all(row["errors"] == sorted(row["errors"], reverse=True) for row in rows)
         assert "bits of entropy, 3.00 bits packed" in result.notes[1]
-        assert ("with weight" in result.notes[1]) == (weight > 0)
+        assert ("with rate weight" in result.notes[1]) == (weight > 0)
         bits.append([row["index_bits"] for row in rows])
         errors.append(sum(row["weight_error" if correction == "none" else "after"] for row in rows))
     assert max(bits[0]) <= 3
