@@ -372,9 +372,8 @@ static void accumulate(const ConvTables* t, const SumJob* job) {
     static const Sum one256[] = {sum_gang1<256, 1, 1>, sum_gang1<256, 2, 1>, sum_gang1<256, 3, 1>,
                                  sum_gang1<256, 4, 1>};
     static const Sum one64[] = {sum_gang1<64, 1, 1>, sum_gang1<64, 2, 1>, sum_gang1<64, 3, 1>, sum_gang1<64, 4, 1>,
-                                sum_gang1<64, 5, 1>, sum_gang1<64, 6, 1>, sum_gang1<64, 7, 1>, sum_gang1<64, 8, 1>,
-                                sum_gang1<64, 9, 1>, sum_gang1<64, 10, 1>, sum_gang1<64, 11, 1>, sum_gang1<64, 12, 1>};
-    if (t->gang == 1 && t->entries == 64) return sum_all(t, job, one64, 12, nullptr, 0);
+                                sum_gang1<64, 5, 1>, sum_gang1<64, 6, 1>, sum_gang1<64, 7, 1>, sum_gang1<64, 8, 1>};
+    if (t->gang == 1 && t->entries == 64) return sum_all(t, job, one64, 8, nullptr, 0);
     switch (t->entries) {
         case 16: return sum_all(t, job, gang4, 5, nullptr, 0);
         case 32: return sum_all(t, job, gang4_two, 5, nullptr, 0);

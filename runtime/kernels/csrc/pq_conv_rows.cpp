@@ -7,6 +7,7 @@ namespace fx {
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 24 << 10;  // tables that are used together should stay in the first-level cache
+constexpr int64_t PAIR_BYTES = 40 << 10;   // and so many may be, where it takes two terms to have entries in pairs
 
 // Kernel rows that lie inside of the image for one output row, and the slots of the ring where their tables are.
 struct Window {
@@ -129,13 +130,20 @@ struct Quantized : Rows {
         call.kernels->build(&t, &job);
     }
 
+    // About as many terms, such that the steps of a kernel row, which are added in pairs of bytes, leave none over.
+    static int64_t paired(int64_t terms, int64_t columns, int64_t bytes) {
+        if (terms % 2 == 0 || columns % 2 == 0) return terms;
+        return terms > 1 ? terms - 1 : 2 * bytes <= PAIR_BYTES ? 2 : 1;
+    }
+
     // Sums of one plane over kernel rows `window`, all terms, in parts that fit 16 bits and the cache.
     void sum(const Window& window, int plane) {
         const int64_t columns = least(s.kernel[1], t.gang == 4 ? s.kernel[1] : SUM_LIMIT / t.gang);
         const int64_t bound = t.gang == 4 ? INT64_MAX : SUM_LIMIT / t.gang;  // steps times rows
         const int64_t kernel_rows = least(window.count, most(1, bound / columns));
         int64_t terms = most(1, least(t.terms, bound / (columns * most(1, kernel_rows))));
-        terms = least(terms, most(1, CHUNK_BYTES / (t.columns * t.term_bytes * most(1, window.count))));
+        const int64_t bytes = t.columns * t.term_bytes * most(1, window.count);
+        if (terms > 1) terms = paired(least(terms, most(1, CHUNK_BYTES / bytes)), columns, bytes);
         int64_t done = 0;
         bool add = false;
         memset(acc, 0, size_t(acc_bytes()));
