@@ -35,6 +35,7 @@ METRICS: dict[str, tuple[str, float]] = {
     "size_bytes": ("bytes", 1.0),
     "seconds": ("s", 1.0),
     "cpu_seconds": ("s of CPU time", 1.0),
+    "pass_seconds": ("s in passes", 1.0),
 }
 """Metric → unit, and the factor to it."""
 
@@ -182,5 +183,6 @@ COLUMNS: dict[str, Callable[[list[Facts], float], str]] = {
     "emitted, kB": _whole("emitted_size", 1000),
     "emitted, times smaller": _times_smaller("emitted_bytes"),
     "CPU seconds": _whole("cpu_seconds", 1),
+    "seconds in passes": _whole("pass_seconds", 1),
 }
 USUAL = tuple(COLUMNS)[: list(COLUMNS).index("seeds") + 1]

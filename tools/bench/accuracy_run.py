@@ -199,6 +199,7 @@ class Bench:
             "parameters": last.parameters / whole["parameters"],
             "bytes": last.size_bytes / whole["bytes"],
             "size_bytes": last.size_bytes,
+            "pass_seconds": sum(row.seconds for row in rows[1:]),
             "notes": {row.name: row.notes for row in rows},
         }
 
