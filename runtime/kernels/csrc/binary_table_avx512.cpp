@@ -95,7 +95,7 @@ private:
     const int64_t image, top, bottom, first, last;
     const BinaryCall& call = job.call;
     const BinaryLayout& layout = call.layout;
-    bool three;                  // three taps side by side, nothing to be read beyond the padding of one
+    Taps taps;                   // THREE_TAPS only if nothing is to be read beyond the padding of one
     int64_t at_once, chunk;      // groups that add up in a byte; those whose tables are made together
     int64_t step, column_step;   // input columns from table to table; tables from output to output
     int64_t ring;                // rows of tables
@@ -134,7 +134,10 @@ int64_t Band::columns_of(int64_t outputs) const {
 }
 
 bool Band::plan() {
-    three = layout.kw == 3 && call.stride[1] == 1 && call.dilation[1] == 1 && call.padding[1] <= 1;
+    const bool three = layout.kw == 3 && call.dilation[1] == 1;
+    taps = three && call.stride[1] == 1 && call.padding[1] <= 1 ? THREE_TAPS
+           : three && call.stride[1] == 2                       ? THREE_TAPS_OF_TWO
+                                                                : ANY_TAPS;
     at_once = six_at_once(layout);
     step = layout.kw == 1 ? call.stride[1] : 1, column_step = call.stride[1] / step;
     ring = (layout.kh - 1) * call.dilation[0] + 1;
@@ -192,7 +195,7 @@ void Band::make_tables(int64_t row, int64_t group, const Strip& strip) const {
     const int64_t begin = least(stop, most(strip.column, ceil_div(padding, step)));
     const int64_t end = most(begin, least(stop, ceil_div(call.width + padding, step)));
     uint8_t* const to = tables + row % ring * row_bytes;
-    if (!three) {
+    if (taps != THREE_TAPS) {
         clear_tables(to, groups, begin - strip.column);
         clear_tables(to + (end - strip.column) * 64, groups, stop - end);
     }
@@ -253,7 +256,7 @@ void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip
     for (int64_t t = strip.begin; t < strip.end; t++) {
         const int64_t x = tile_column(t), count = tile_column(t + 1) - x;
         const bool left = x >= call.padding[1], right = x + count + 2 - call.padding[1] <= call.width;
-        TileFunction* const run_tile = tile_function(count, three, left, right);
+        TileFunction* const run_tile = tile_function(count, taps, left, right);
         tile->tables = tables + (x - strip.x) * tile->column_bytes;
         for (tile->block = first; tile->block < last; tile->block++) {
             tile->sums = sums + (((tile->block - first) * lines + line) * call.out_width + x) * 64;

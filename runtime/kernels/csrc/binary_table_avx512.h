@@ -53,9 +53,11 @@ struct Tile {
 };
 using TileFunction = void(const Tile& tile);
 
-// `three`: kw is 3 and the taps, like the columns, lie side by side. Then `left` and `right` tell whether the first and
-// the last of columns + 2 tables count, which lie in the padding if they do not.
-TileFunction* tile_function(int64_t columns, bool three, bool left, bool right);
+// Three taps side by side under columns that lie side by side or two apart have functions of their own. Of THREE_TAPS,
+// `left` and `right` tell whether the first and the last of columns + 2 tables count, which lie in the padding if they do
+// not.
+enum Taps { ANY_TAPS, THREE_TAPS, THREE_TAPS_OF_TWO };
+TileFunction* tile_function(int64_t columns, Taps taps, bool left, bool right);
 
 // Sums of the pixels [place, place + pixels) of an image -> y.
 struct Finished {
