@@ -369,12 +369,13 @@ def _without_dead(program: Program, tensors: list[Tensors]) -> tuple[Program, li
             used.update(program.steps[index].operands())
     kept = [index for index in range(len(program.steps)) if first + index in used]
     number = {**{at: at for at in range(first)}, **{first + old: first + new for new, old in enumerate(kept)}}
-    steps = tuple(_renumbered(program.steps[index], number.__getitem__) for index in kept)
-    outputs = tuple(_renumbered(step, number.__getitem__) for step in program.outputs)
+    steps = tuple(renumbered(program.steps[index], number.__getitem__) for index in kept)
+    outputs = tuple(renumbered(step, number.__getitem__) for step in program.outputs)
     return Program(program.inputs, steps, outputs), [tensors[index] for index in kept], number
 
 
-def _renumbered(step: Step, number: Callable[[int], int]) -> Step:
+def renumbered(step: Step, number: Callable[[int], int]) -> Step:
+    """A step that reads its values under other numbers."""
     fields = dict(step.fields)
     for name in ("x", "y", "added"):
         value = fields.get(name, -1)

@@ -17,9 +17,10 @@ from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
 from .binary import pack_binary, settle_latent
 from .binary_proof import prove_folded
-from .ends import fuse_ends
+from .ends import Ends, fuse_ends
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
+from .packed_pools import fuse_packed_pools
 from .pools import remove_identity_pools
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -98,6 +99,7 @@ class Emit(Pass):
         result.notes += [f"removed {pools} pools that give what they read"] if pools else []
         ends = fuse_ends(graph, self.name)  # before they become parts of packed networks
         self._pack(graph, context, result)
+        ends = ends.and_more(Ends(0, fuse_packed_pools(graph, self.name)))
         result.proven = levels
         choice = self._lay_out(graph, context)
         ends = ends.and_more(fuse_ends(graph, self.name))  # product-quantized layers know now whether they run by table

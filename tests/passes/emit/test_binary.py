@@ -14,12 +14,13 @@ from fxpress.ir.verify import distance, run
 from fxpress.passes.base import Context, PassResult
 from fxpress.passes.binarize.binarize import Binarize
 from fxpress.passes.emit import binary, binary_lowering
+from fxpress.passes.emit import emit as emit_pass
 from fxpress.passes.emit.binary_folding import Affine, fold_cuts, fold_thresholds
 from fxpress.passes.emit.emit import Emit
 from fxpress.passes.runner import run_pass
 from fxpress.runtime import kernels
 from fxpress.runtime.kernels.binary_reference import levels_of
-from fxpress.runtime.layers import BinaryConv2d, BinaryLinear, BinaryNetwork, HalfWaveQuantizer
+from fxpress.runtime.layers import BinaryConv2d, BinaryLinear, BinaryNetwork, HalfWaveQuantizer, Int8Conv2d
 from fxpress.tools.bench.accuracy_networks import CifarResNet, vgg_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -347,3 +348,24 @@ def test_an_emitted_network_exports_compiles_and_is_stored(tmp_path: Any) -> Non
     with torch.no_grad():
         torch.testing.assert_close(fast(x), y)
     assert (tmp_path / "n.fxp").stat().st_size < 30_000
+
+
+def test_an_8_bit_stem_takes_its_pool_out_of_the_packed_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7).eval()
+    x = torch.randn(1, 3, 64, 64)
+    trained = fxpress.compile(model, [{"binarize": {"first": "int8", "last": "int8"}}], x)
+    compiled = fxpress.compile(trained, ["emit"], x)
+    layers = dict(compiled.module.named_children())
+    stem = next(layer for layer in layers.values() if isinstance(layer, Int8Conv2d))
+    packed = next(layer for layer in layers.values() if isinstance(layer, BinaryNetwork))
+    assert stem.pool == (3, 3, 2, 2, 1, 1)
+    assert not any(line.startswith("max_pool") for line in packed.program)
+    assert "1 max pools became parts of the layers before them" in compiled.report["emit"].notes
+    monkeypatch.setattr(emit_pass, "fuse_packed_pools", lambda graph, author: 0)
+    apart = fxpress.compile(trained, ["emit"], x)
+    packed = next(layer for layer in apart.module.children() if isinstance(layer, BinaryNetwork))
+    assert any(line.startswith("max_pool") for line in packed.program)
+    with torch.no_grad():
+        for images in (x, torch.randn(3, 3, 70, 50)):
+            assert torch.equal(compiled(images), apart(images))
