@@ -1,8 +1,8 @@
 // Convolution by tables: images are dealt out to threads in bands of output rows and slices of outputs.
 //
-// A band takes a chunk of groups and a strip of columns at a time, and goes through them from output row to output row.
-// The tables of the input rows in sight are kept in a ring, which the L1 cache holds beside the weights of the chunk. The
-// sums of some rows, up to a part of the L2 cache, wait for the other chunks.
+// A band takes a chunk of groups and a strip of columns at a time, and goes through them from output row to output
+// row. The tables of the input rows in sight are kept in a ring, which the L1 cache holds beside the weights of the
+// chunk. The sums of some rows, up to a part of the L2 cache, wait for the other chunks.
 #include "binary_table_avx512.h"
 
 #include "threads.h"

@@ -54,8 +54,7 @@ struct Tile {
 using TileFunction = void(const Tile& tile);
 
 // Three taps side by side under columns that lie side by side or two apart have functions of their own. Of THREE_TAPS,
-// `left` and `right` tell whether the first and the last of columns + 2 tables count, which lie in the padding if they do
-// not.
+// `left` and `right` tell whether the first and the last of columns + 2 tables count: not if they lie in the padding.
 enum Taps { ANY_TAPS, THREE_TAPS, THREE_TAPS_OF_TWO };
 TileFunction* tile_function(int64_t columns, Taps taps, bool left, bool right);
 
