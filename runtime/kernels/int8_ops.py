@@ -23,7 +23,7 @@ from torch import Tensor
 from ...ir.errors import KernelError
 from . import int8_reference as reference
 from .bound import Bound, Output, image_form, pointer, register
-from .window import Window
+from .window import Window, pooled
 
 _LAYER = struct.Struct("4P24qf3i")
 MOST_POOLED = 16
@@ -91,17 +91,9 @@ class BoundInt8Conv2d(_BoundInt8):
     def output(self, x: Tensor) -> Output:
         """(N, C, H, W) → (N, out, H', W'), channels-last."""
         self._check(x)
-        return Output(self._pooled(self._of.out_shape(x.shape)), form=torch.channels_last)
-
-    def _pooled(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape behind the pool."""
-        pool = self._pool
-        if not pool:
-            return shape
-        if len(pool) != 6 or max(pool[:2]) > MOST_POOLED or any(2 * pool[4 + i] > pool[i] for i in range(2)):
-            limits = f"kernel up to {MOST_POOLED}, stride, padding up to half the kernel"
-            raise KernelError(f"pool is {list(pool)}; six numbers: {limits}")
-        return Window(shape[1], pool[:2], pool[2:4], pool[4:]).out_shape(shape)
+        if self._pool and max(self._pool[:2]) > MOST_POOLED:
+            raise KernelError(f"pool is {list(self._pool)}", hint=f"Its kernel has up to {MOST_POOLED} pixels a side")
+        return Output(pooled(self._of.out_shape(x.shape), self._pool), form=torch.channels_last)
 
     def in_form(self, x: Tensor) -> torch.memory_format:
         """That of x."""

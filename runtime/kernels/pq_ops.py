@@ -14,6 +14,7 @@ from ...ir.errors import KernelError
 from . import layout as layouts
 from . import reference
 from .bound import Bound, Output, image_form, pointer, register
+from .window import Window, pooled
 
 _TABLES = ("fp32", "int16", "int8")
 _LINEAR = struct.Struct("3P7q3i")
@@ -103,39 +104,16 @@ class BoundPQConv2d(_BoundPQ):
         super().__init__(*arguments)
         self._pool: Sequence[int] = arguments[11] if len(arguments) > 11 else ()
         self._last: bool = arguments[12] if len(arguments) > 12 else False
-        self._window: Sequence[Sequence[int]] = arguments[4:8]
-        self._groups: int = arguments[8]
+        self._of = Window(*arguments[3:9])
 
     def output(self, x: Tensor) -> Output:
         """(N, C, H, W) → (N, out, H', W')."""
-        if x.dim() != 4 or self._groups < 1 or x.shape[1] % self._groups or self._outputs % self._groups:
-            given = f"x {tuple(x.shape)} and {self._outputs} outputs"
-            raise KernelError(f"{given} do not make {self._groups} groups of (N, C, H, W) images")
-        self._check(x, x.shape[1] // self._groups)
-        size = self._convolved(x)
-        if any(edge < 1 for edge in size):
-            kernel = tuple(self._window[0])
-            raise KernelError(f"Images of {tuple(x.shape[2:])} pixels are too small for a kernel of {kernel}")
+        shape = self._of.out_shape(x.shape)
+        self._check(x, x.shape[1] // self._of.groups)
+        if self._pool and not self._relu:
+            raise KernelError(f"pool is {list(self._pool)} without relu", hint="Rectified outputs alone are pooled")
         form = torch.channels_last if self._last else image_form(x)
-        return Output((x.shape[0], self._outputs, *self._pooled(size)), form=form)
-
-    def _convolved(self, x: Tensor) -> list[int]:
-        """Height and width of the outputs before the pool."""
-        edges = zip(x.shape[2:], *self._window, strict=True)
-        return [(edge + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for edge, kernel, step, pad, gap in edges]
-
-    def _pooled(self, size: list[int]) -> list[int]:
-        if not self._pool:
-            return size
-        if len(self._pool) != 6 or not self._relu:
-            raise KernelError(
-                f"pool is {list(self._pool)} and relu {self._relu}", hint="A pool needs six numbers, relu"
-            )
-        windows = list(zip(size, self._pool[:2], self._pool[2:4], self._pool[4:], strict=True))
-        for edge, kernel, step, pad in windows:
-            if not (0 <= 2 * pad <= kernel <= edge + 2 * pad and step >= 1 <= kernel):
-                raise KernelError(f"A max pool of {list(self._pool)} does not fit {tuple(size)} pixels")
-        return [(edge + 2 * pad - kernel) // step + 1 for edge, kernel, step, pad in windows]
+        return Output(pooled(shape, self._pool), form=form)
 
     def in_form(self, x: Tensor) -> torch.memory_format:
         """That of x."""
@@ -144,8 +122,8 @@ class BoundPQConv2d(_BoundPQ):
     def pack(self, x: Tensor, output: Output) -> bytes:
         """`FxpressPQConv2d` in csrc/pq_conv.cpp."""
         pointers, dims_major = self._pointers()
-        window = (number for pair in self._window for number in pair)
-        sizes = *x.shape, self._outputs, *self._convolved(x), *window, self._groups, *self._codebook.shape
+        window = (number for pair in self._of[1:5] for number in pair)
+        sizes = *x.shape, *self._of.out_shape(x.shape)[1:], *window, self._of.groups, *self._codebook.shape
         pool = self._pool or (0,) * 6
         last = image_form(x) == torch.channels_last, output.form == torch.channels_last
         flags = *last, dims_major, _TABLES.index(self._tables), self._relu

@@ -48,3 +48,20 @@ class Window(NamedTuple):
                 f"kernel {list(self.kernel)}, stride {list(self.stride)}, padding {list(self.padding)}, "
                 f"dilation {list(self.dilation)}: out of range"
             )
+
+
+def pooled(shape: tuple[int, ...], pool: Sequence[int]) -> tuple[int, ...]:
+    """Shape (N, C, H', W') of a max pool of outputs (N, C, H, W).
+
+    Args:
+        pool: kernel, stride and padding, two numbers each; empty for none.
+
+    Raises:
+        KernelError: other numbers, or outputs that are too small.
+    """
+    if not pool:
+        return shape
+    if len(pool) != 6 or any(2 * pool[4 + i] > pool[i] for i in range(2)):
+        hint = "It is empty, or six numbers: kernel, stride and padding, the padding up to half the kernel"
+        raise KernelError(f"pool is {list(pool)}", hint=hint)
+    return Window(shape[1], pool[:2], pool[2:4], pool[4:]).out_shape(shape)

@@ -147,7 +147,7 @@ def call(**changes: Any) -> Tensor:
         ({"weights": torch.zeros(4)}, "1-D int8"),
         ({"pool": [3, 3]}, "six numbers"),
         ({"pool": [3, 3, 1, 1, 2, 0]}, "six numbers"),
-        ({"pool": [17, 3, 1, 1, 0, 0]}, "six numbers"),
+        ({"pool": [17, 3, 1, 1, 0, 0]}, "up to 16 pixels"),
         ({"pool": [3, 7, 1, 1, 0, 0]}, "too small"),
         ({"pool": [3, 3, 0, 1, 0, 0]}, "out of range"),
         ({"weight": torch.ones(4, 3, 3, 3)}, "int8"),

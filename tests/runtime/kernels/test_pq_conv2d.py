@@ -423,6 +423,15 @@ def test_wrong_arguments_are_refused() -> None:
         changed = [*arguments[:position], value, *arguments[position + 1 :]]
         with pytest.raises(KernelError, match=message):
             torch.ops.fxpress.pq_conv2d(*changed)
+    for relu, pool, message in (
+        (False, [2, 2, 2, 2, 0, 0], "without relu"),
+        (True, [2, 2], "six numbers"),
+        (True, [2, 2, 2, 2, 2, 0], "six numbers"),
+        (True, [99, 2, 2, 2, 0, 0], "too small"),
+        (True, [2, 2, 0, 2, 0, 0], "out of range"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            torch.ops.fxpress.pq_conv2d(*arguments[:11], relu, pool)
     with pytest.raises(KernelError, match="too small"):
         replace(tensors, x=tensors.x[:, :, :1, :1], case=Case(padding=(0, 0))).run()
 
