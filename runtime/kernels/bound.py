@@ -3,7 +3,7 @@
 torch's dispatcher and the packing of arguments take longer than a small layer, and several times as long with cold
 caches. A bound operator packs its arguments once for each shape of x, and where x is a plain tensor of the CPU and
 nobody looks on, it calls the library itself. In all other cases (torch.export, torch.compile, fake tensors, modes of
-torch, vmap) it is the operator of `torch.ops.fxpress`, which is implemented by the same class.
+torch, vmap, a profiler) it is the operator of `torch.ops.fxpress`, which is implemented by the same class.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _MOST_PLANS = 64
 # named here because looking them up takes as long as they do
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
 
 
 class Output(NamedTuple):
@@ -127,7 +128,7 @@ class Bound(ABC):
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether torch's dispatcher would do nothing but pass x on: no subclass, no mode, no transform, no tracing."""
+    """Whether torch's dispatcher would do nothing but pass x on: no subclass, mode, transform, tracing or profiler."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
@@ -136,6 +137,7 @@ def is_plain(x: Tensor) -> bool:
         and not _function_modes()
         and _transform() is None
         and _tracing() is None
+        and not _profiling()
     )
 
 

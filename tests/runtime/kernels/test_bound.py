@@ -44,6 +44,13 @@ def test_a_mode_of_torch_sees_the_operator() -> None:
     assert torch.equal(y, layer(x))
 
 
+def test_a_profiler_sees_the_operator() -> None:
+    layer, x = linear(), torch.randn(3, 24)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert "fxpress::pq_linear" in {event.key for event in profile.key_averages()}
+
+
 def test_plain_tensors_pass_by_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = linear(), torch.randn(3, 24)
     expected = layer(x)
