@@ -17,11 +17,11 @@ from ..fuse.fold_batchnorm import FoldBatchnorm
 from ..fuse.fold_masks import fold_masks
 from .binary import pack_binary, settle_latent
 from .binary_proof import prove_folded
-from .ends import Ends, fuse_ends
+from .epilogues import fuse_epilogues
+from .identity_pools import remove_identity_pools
 from .kernels import Tables, metrics_of, notes_of
 from .layout import Choice, choose_layout
 from .packed_pools import fuse_packed_pools
-from .pools import remove_identity_pools
 
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -97,14 +97,14 @@ class Emit(Pass):
         result.notes += [f"folded {masks} masks"] if masks else []
         result.notes += [f"removed {dropouts} dropout layers"] if dropouts else []
         result.notes += [f"removed {pools} pools that give what they read"] if pools else []
-        ends = fuse_ends(graph, self.name)  # before they become parts of packed networks
+        fused = fuse_epilogues(graph, self.name)  # before they become parts of packed networks
         self._pack(graph, context, result)
-        ends = ends.and_more(Ends(0, fuse_packed_pools(graph, self.name)))
+        fused["max pools"] += fuse_packed_pools(graph, self.name)
         result.proven = levels
         choice = self._lay_out(graph, context)
-        ends = ends.and_more(fuse_ends(graph, self.name))  # product-quantized layers know now whether they run by table
+        fused += fuse_epilogues(graph, self.name)  # product-quantized layers know now whether they run by table
         _prepare(graph)
-        result.notes += ends.notes()
+        result.notes += [f"{n} {what} became parts of the layers before them" for what, n in fused.items() if n]
         self._tell(choice, result)
         return result
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ir.errors import KernelError
-from .bound import Output, is_channels_last, pointer
+from .bound import Output, Packed, is_channels_last, pointer
 from .window import Window
 
 _LAYER = struct.Struct("6P16q6i")
@@ -120,7 +120,7 @@ def output(call: Call) -> Output:
     return Output(call.out_shape(), call.dtype, torch.channels_last if last else torch.contiguous_format)
 
 
-def pack(call: Call, made: Output) -> tuple[bytes, list[Tensor | None]]:
+def pack(call: Call, made: Output) -> Packed:
     """`FxpressBinaryLayer` in csrc/binary.cpp behind its head, and the tensors to which it points."""
     layout, thresholds, of, end = call.layout, call.thresholds, call.window, call.end
     if layout.dtype != torch.uint8 or layout.dim() != 1:

@@ -16,7 +16,7 @@ Levels lie channels-last in memory; float32 outputs of a convolution lie as its 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import binary_call
 from . import binary_reference as reference
 from .binary_call import Call, Epilogue
-from .bound import Bound, Output, register
+from .bound import Bound, Output, Packed, register
 from .window import Window
 
 
@@ -35,10 +35,6 @@ class _BoundBinary(Bound):
     linear: ClassVar[bool]
     levels: ClassVar[bool]
     """Whether y are levels."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._held: list[Tensor | None] = []
 
     def _call(self, x: Tensor) -> Call:
         begin = 3 if self.levels else 4  # where the sizes are
@@ -57,10 +53,9 @@ class _BoundBinary(Bound):
         last = not self.linear and self._call(x).reads_last()
         return torch.channels_last if last else torch.contiguous_format
 
-    def pack(self, x: Tensor, output: Output) -> bytes:
+    def pack(self, x: Tensor, output: Output) -> Packed:
         """As `binary_call.pack`."""
-        constants, self._held = binary_call.pack(self._call(x), output)
-        return constants
+        return binary_call.pack(self._call(x), output)
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -45,11 +46,16 @@ class _Plan(NamedTuple):
     Args:
         in_form: memory format that x must be brought into; None where it lies right.
         constants: of the C struct, all behind its head; empty where y is.
+        held: tensors to which these point.
     """
 
     output: Output
     in_form: torch.memory_format | None
     constants: bytes
+    held: Sequence[Tensor | None]
+
+
+Packed = tuple[bytes, Sequence[Tensor | None]]
 
 
 class Bound(ABC):
@@ -84,8 +90,8 @@ class Bound(ABC):
         """Memory format in which the library is to read x."""
 
     @abstractmethod
-    def pack(self, x: Tensor, output: Output) -> bytes:
-        """The C struct behind its head; what it points to stays where it is for as long as this object lives."""
+    def pack(self, x: Tensor, output: Output) -> Packed:
+        """The C struct behind its head, and the tensors to which it points."""
 
     @abstractmethod
     def reference(self, x: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class Bound(ABC):
         if found is None:
             return self.output(x).empty().copy_(self.reference(x))
         key = (x.shape, x.stride(), x.dtype)  # whether x lies channels-last is told from its strides
-        output, in_form, constants = self._plans.get(key) or self._make_plan(key, x)
+        output, in_form, constants, _held = self._plans.get(key) or self._make_plan(key, x)
         y = torch.empty(output.shape, dtype=output.dtype, memory_format=output.form)
         if not constants:
             return y
@@ -119,8 +125,8 @@ class Bound(ABC):
 
     def _make_plan(self, key: Any, x: Tensor) -> _Plan:
         output, form = self.output(x), self.in_form(x)
-        constants = self.pack(x, output) if 0 not in output.shape else b""
-        plan = _Plan(output, None if x.is_contiguous(memory_format=form) else form, constants)
+        constants, held = self.pack(x, output) if 0 not in output.shape else (b"", ())
+        plan = _Plan(output, None if x.is_contiguous(memory_format=form) else form, constants, held)
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...ir.errors import KernelError
 from . import int8_reference as reference
-from .bound import Bound, Output, image_form, pointer, register
+from .bound import Bound, Output, Packed, image_form, pointer, register
 from .window import Window, pooled
 
 _LAYER = struct.Struct("4P24qf3i")
@@ -53,7 +53,6 @@ class _BoundInt8(Bound):
         self._numbers, self._of = Numbers(*arguments[:count]), Window(*sizes[:5])
         self._pool: Sequence[int] = sizes[5] if len(sizes) > 5 else ()
         self._relu: bool = arguments[-1]
-        self._held: list[Tensor | None] = []
 
     def _check(self, x: Tensor) -> None:
         numbers, of = self._numbers, self._of
@@ -71,16 +70,17 @@ class _BoundInt8(Bound):
             found = f"{numbers.weights.dtype} {tuple(numbers.weights.shape)}"
             raise KernelError(f"8-bit weights are 1-D int8, not {found}")
 
-    def _pack(self, sizes: Sequence[int], channels_last: bool, pooled: Sequence[int] = (0, 0)) -> bytes:
+    def _pack(self, sizes: Sequence[int], channels_last: bool, pooled: Sequence[int] = (0, 0)) -> Packed:
         """`FxpressInt8Layer` in csrc/int8.cpp; `sizes` N, C, H, W, outputs, H', W'; `pooled` behind a pool."""
         numbers = self._numbers
-        self._held = [None if part is None else part.contiguous() for part in numbers[:4]]
+        held = [None if part is None else part.contiguous() for part in numbers[:4]]
         window = (number for pair in self._of[1:5] for number in pair)
         pool = *(self._pool or (0,) * 6), *pooled
-        return _LAYER.pack(
-            *map(pointer, self._held), numbers.weights.numel(), *sizes, *window, *pool, numbers.inverse, numbers.zero,
+        constants = _LAYER.pack(
+            *map(pointer, held), numbers.weights.numel(), *sizes, *window, *pool, numbers.inverse, numbers.zero,
             channels_last, self._relu,
         )  # fmt: skip
+        return constants, held
 
 
 class BoundInt8Conv2d(_BoundInt8):
@@ -99,7 +99,7 @@ class BoundInt8Conv2d(_BoundInt8):
         """That of x."""
         return image_form(x)
 
-    def pack(self, x: Tensor, output: Output) -> bytes:
+    def pack(self, x: Tensor, output: Output) -> Packed:
         """As `_pack`."""
         sums = self._of.out_shape(x.shape)
         return self._pack((*x.shape, *sums[1:]), image_form(x) == torch.channels_last, output.shape[2:])
@@ -123,7 +123,7 @@ class BoundInt8Linear(_BoundInt8):
         """Contiguous."""
         return torch.contiguous_format
 
-    def pack(self, x: Tensor, output: Output) -> bytes:
+    def pack(self, x: Tensor, output: Output) -> Packed:
         """Rows lie beside each other like the pixels of one line."""
         rows, outputs = math.prod(output.shape[:-1]), self._of.outputs
         return self._pack((1, x.shape[-1], 1, rows, outputs, 1, rows), True)

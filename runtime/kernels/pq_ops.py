@@ -13,7 +13,7 @@ from torch import Tensor
 from ...ir.errors import KernelError
 from . import layout as layouts
 from . import reference
-from .bound import Bound, Output, image_form, pointer, register
+from .bound import Bound, Output, Packed, image_form, pointer, register
 from .window import Window, pooled
 
 _TABLES = ("fp32", "int16", "int8")
@@ -32,7 +32,6 @@ class _BoundPQ(Bound):
         self._codebook, self._layout, self._bias, self._outputs = arguments[:4]
         self._tables: str = arguments[self._count - 1]
         self._relu: bool = arguments[self._count] if len(arguments) > self._count else False
-        self._held: list[Any] = []
 
     def _check(self, x: Tensor, inputs: int) -> None:
         """Types and sizes; `inputs` are those of one group."""
@@ -54,13 +53,12 @@ class _BoundPQ(Bound):
             raise KernelError(f"bias has shape {tuple(bias.shape)} where there are {outputs} outputs")
         layouts.check_tensor(self._layout)
 
-    def _pointers(self) -> tuple[tuple[int, int, int], bool]:
+    def _held(self) -> tuple[tuple[Tensor, Tensor, Tensor | None], bool]:
         """Codebook, layout and bias, and whether equal dimensions of code words are adjacent (`prepare_codebook`)."""
         dims_major = self._codebook.transpose(1, 2).is_contiguous()
         codebook = self._codebook if dims_major else self._codebook.contiguous()
         bias = self._bias if self._bias is None else self._bias.contiguous()
-        self._held = [codebook, self._layout.contiguous(), bias]
-        return (pointer(codebook), pointer(self._held[1]), pointer(bias)), dims_major
+        return (codebook, self._layout.contiguous(), bias), dims_major
 
 
 class BoundPQLinear(_BoundPQ):
@@ -79,11 +77,12 @@ class BoundPQLinear(_BoundPQ):
         """Contiguous."""
         return torch.contiguous_format
 
-    def pack(self, x: Tensor, output: Output) -> bytes:
+    def pack(self, x: Tensor, output: Output) -> Packed:
         """`FxpressPQLinear` in csrc/pq_linear.cpp."""
-        pointers, dims_major = self._pointers()
+        held, dims_major = self._held()
         sizes = math.prod(output.shape[:-1]), x.shape[-1], *self._codebook.shape, self._layout.numel(), self._outputs
-        return _LINEAR.pack(*pointers, *sizes, dims_major, _TABLES.index(self._tables), self._relu)
+        flags = dims_major, _TABLES.index(self._tables), self._relu
+        return _LINEAR.pack(*map(pointer, held), *sizes, *flags), held
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""
@@ -119,15 +118,15 @@ class BoundPQConv2d(_BoundPQ):
         """That of x."""
         return image_form(x)
 
-    def pack(self, x: Tensor, output: Output) -> bytes:
+    def pack(self, x: Tensor, output: Output) -> Packed:
         """`FxpressPQConv2d` in csrc/pq_conv.cpp."""
-        pointers, dims_major = self._pointers()
+        held, dims_major = self._held()
         window = (number for pair in self._of[1:5] for number in pair)
         sizes = *x.shape, *self._of.out_shape(x.shape)[1:], *window, self._of.groups, *self._codebook.shape
         pool = self._pool or (0,) * 6
         last = image_form(x) == torch.channels_last, output.form == torch.channels_last
         flags = *last, dims_major, _TABLES.index(self._tables), self._relu
-        return _CONV.pack(*pointers, self._layout.numel(), *sizes, *pool, *flags)
+        return _CONV.pack(*map(pointer, held), self._layout.numel(), *sizes, *pool, *flags), held
 
     def reference(self, x: Tensor) -> Tensor:
         """In plain torch."""

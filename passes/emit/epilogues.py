@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -18,30 +18,17 @@ from ...runtime.layers.pq_layer import PQLayer
 _RELU, _POOL = torch.ops.aten.relu.default, torch.ops.aten.max_pool2d.default
 
 
-class Ends(NamedTuple):
-    """How many operations went into layers."""
-
-    rectifiers: int
-    pools: int
-
-    def and_more(self, more: Ends) -> Ends:
-        """Both together."""
-        return Ends(self.rectifiers + more.rectifiers, self.pools + more.pools)
-
-    def notes(self) -> list[str]:
-        """For the report."""
-        named = {"ReLUs": self.rectifiers, "max pools": self.pools}
-        return [f"{count} {name} became parts of the layers before them" for name, count in named.items() if count]
-
-
-def fuse_ends(graph: Graph, author: str) -> Ends:
+def fuse_epilogues(graph: Graph, author: str) -> Counter[str]:
     """Let layers do what alone reads them: ReLU, and max pool of a convolution.
 
     8-bit layers take them in either order, product-quantized ones that run by table a pool behind a ReLU.
+
+    Returns:
+        How many `ReLUs` and `max pools` went.
     """
     rectifiers = _fuse(graph, author, _rectify)
     pools = _fuse(graph, author, _pool)
-    return Ends(rectifiers + _fuse(graph, author, _rectify), pools)
+    return Counter({"ReLUs": rectifiers + _fuse(graph, author, _rectify), "max pools": pools})
 
 
 def _fuse(graph: Graph, author: str, take: Callable[[fx.Node, Int8Layer | PQLayer], bool]) -> int:
