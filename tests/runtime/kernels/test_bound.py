@@ -117,6 +117,20 @@ def test_values_that_are_written_to_bound_tensors_count() -> None:
     torch.testing.assert_close(layer(x), before + 1)
 
 
+def test_plans_keep_copies_of_arguments_that_are_not_contiguous() -> None:
+    """A plan points to them; another shape of x makes copies of its own."""
+    layer = linear()
+    codebook, layout, bias, *rest = layer.arguments
+    loose = kernels.BoundPQLinear(torch.stack([codebook, codebook], -1)[..., 0], layout, bias, *rest)
+    x = torch.randn(3, 24)
+    assert torch.equal(loose(x), layer(x))
+    kept = [tensor.data_ptr() for plan in loose._plans.values() for tensor in plan.held if tensor is not None]
+    loose(torch.randn(5, 24))
+    taken = [torch.full((6, 16, 4), float("nan")) for _ in range(50)]  # whatever was freed is written to
+    assert torch.equal(loose(x), layer(x))
+    assert not {tensor.data_ptr() for tensor in taken} & set(kept)
+
+
 def test_errors_name_what_does_not_fit_and_leave_no_plan() -> None:
     layer = linear()
     for x, message in (
