@@ -18,22 +18,24 @@ EPOCH_COLUMNS = ("step", "epoch", "loss", "accuracy", "val_loss", "val_accuracy"
 class Log:
     """Writes the rows of a run.
 
-    Rows after `step` are of a run that was interrupted behind its last checkpoint: they are taken out of the CSV
-    files, and marked as overtaken in the TensorBoard events.
+    Rows after `step` or `epoch` are of a run that was interrupted behind its last checkpoint: they are taken out of
+    the CSV files, and marked as overtaken in the TensorBoard events.
 
     Args:
         folder: made where it does not exist.
         step: optimiser steps that were done when the run was taken up, 0 for a new run: it starts the files anew.
+        epoch: whole epochs that were done then. A checkpoint behind the last step of an epoch is not yet its end:
+            the row of that epoch has the same step and is written again (TensorBoard keeps both, which are equal).
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, epoch: int) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OptionError(f"the log folder {folder} cannot be made: {error.strerror}") from None
         self._tables = {
-            "steps": _Table(folder / "steps.csv", STEP_COLUMNS, step),
-            "epochs": _Table(folder / "epochs.csv", EPOCH_COLUMNS, step),
+            "steps": _Table(folder / "steps.csv", STEP_COLUMNS, "step", step),
+            "epochs": _Table(folder / "epochs.csv", EPOCH_COLUMNS, "epoch", epoch),
         }
         # takes a second to import, and only who wants a log waits for it
         from torch.utils.tensorboard import SummaryWriter
@@ -73,11 +75,11 @@ class Log:
 
 
 class _Table:
-    """One CSV file that grows by whole lines."""
+    """One CSV file that grows by whole lines; of those that it has, the ones up to `last` in a column stay."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...], column: str, last: int) -> None:
         self.columns = columns
-        write_atomically(path, [_text(columns, _rows_until(path, columns, step)).encode()])
+        write_atomically(path, [_text(columns, _rows_until(path, columns, column, last)).encode()])
         self._stream = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.DictWriter(self._stream, columns)
 
@@ -99,10 +101,10 @@ def _text(columns: tuple[str, ...], rows: list[dict[str, str]]) -> str:
     return stream.getvalue()
 
 
-def _rows_until(path: Path, columns: tuple[str, ...], step: int) -> list[dict[str, str]]:
-    """The whole rows of a file up to a step."""
-    if step == 0 or not path.exists():
+def _rows_until(path: Path, columns: tuple[str, ...], column: str, last: int) -> list[dict[str, str]]:
+    """The whole rows of a file up to a step or an epoch."""
+    if last == 0 or not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if set(row) == set(columns) and None not in row.values()]
-    return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+    return [row for row in rows if row[column].isdigit() and int(row[column]) <= last]

@@ -98,7 +98,7 @@ def _carry_out(run: Run, log: Path | None, console: Console | None, title: str) 
     """Run it, shown and logged by the first process; images per second."""
     main = run.accelerator.is_main_process
     run.resume()
-    run.log = Log(log, run.step) if log is not None and main else None
+    run.log = Log(log, run.step, run.epoch) if log is not None and main else None
     bar = TrainBar(console if main else None, run.settings.epochs, run.steps_per_epoch)
     try:
         with bar.shown(title, run.step):

@@ -317,7 +317,7 @@ class TestLog:
         assert events["val/accuracy"] == [(3 * k + 3, round(e.val_accuracy, 4)) for k, e in enumerate(result.epochs)]
 
     def test_goes_on_without_doubles(self, tmp_path):
-        first = Log(tmp_path, 0)
+        first = Log(tmp_path, 0, 0)
         for step in (1, 2, 3, 4):
             first.step(self.row(step))
         first.close()
@@ -326,19 +326,19 @@ class TestLog:
         second_began = int(time.time())
         while int(time.time()) == second_began:  # TensorBoard orders files by the second in their names
             time.sleep(0.02)
-        second = Log(tmp_path, 2)
+        second = Log(tmp_path, 2, 0)
         second.step(self.row(3, loss=2.0))
         second.close()
         rows = list(csv.DictReader((tmp_path / "steps.csv").open()))
         assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(1, 1.0), (2, 1.0), (3, 2.0)]
         assert self.events(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-        Log(tmp_path, 0).close()
+        Log(tmp_path, 0, 0).close()
         assert (tmp_path / "steps.csv").read_text().splitlines() == ["step,epoch,lr,loss,accuracy,images_per_second"]
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(OptionError, match=r"the log folder .* cannot be made"):
-            Log(tmp_path / "file", 0)
+            Log(tmp_path / "file", 0, 0)
 
 
 def test_the_bar_says_where_a_run_was_taken_up(tmp_path):

@@ -16,6 +16,7 @@ from fxpress.ir.errors import ArtifactError, DataError, OptionError, TrainingErr
 from fxpress.runtime.data import Data
 from fxpress.runtime.data.images import EpochSampler
 from fxpress.runtime.training import Callback, CrossEntropy, KnowledgeDistillation, TrainSettings, train
+from fxpress.runtime.training.log import Log
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,6 +87,10 @@ def kill_after_a_checkpoint(folder: Path, seconds: float) -> bool:
     return child.returncode == -9
 
 
+def steps_of(table: Path) -> list[int]:
+    return [int(row["step"]) for row in csv.DictReader(table.open())]
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, kills):
     whole, result = script()["run"](tmp_path / "whole")
@@ -99,14 +104,37 @@ def test_killed_at_random_moments(tmp_path, kills):
     assert (again.steps, again.kept) == (result.steps, result.kept)
     # the log goes on: every step once, and the numbers of the uninterrupted run
     for table, ignored in (("steps", "images_per_second"), ("epochs", "seconds")):
-        rows = [list(csv.DictReader((place / "log" / f"{table}.csv").open())) for place in (tmp_path / "whole", folder)]
-        assert [int(row["step"]) for row in rows[1]] == [int(row["step"]) for row in rows[0]]
+        files = [place / "log" / f"{table}.csv" for place in (tmp_path / "whole", folder)]
+        assert steps_of(files[1]) == steps_of(files[0])
+        rows = [list(csv.DictReader(file.open())) for file in files]
         for one, two in zip(*rows, strict=True):
             assert {k: v for k, v in one.items() if k != ignored} == {k: v for k, v in two.items() if k != ignored}
 
 
 class Interrupt(Exception):
     pass
+
+
+@pytest.mark.parametrize("moment", ["behind the row", "before the row"])
+def test_killed_at_the_end_of_an_epoch(tmp_path, monkeypatch, moment):
+    """The checkpoint of step 10, the last of epoch 2, is there, that of the epoch's end is not: they have one step."""
+    script()["run"](tmp_path / "whole")
+    write = Log.epoch
+
+    def break_off(log, row):
+        if row["epoch"] == 1 or moment == "behind the row":
+            write(log, row)
+        if row["epoch"] == 2:
+            raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "epoch", break_off)
+        with pytest.raises(Interrupt):
+            script()["run"](tmp_path / "killed")
+    script()["run"](tmp_path / "killed")
+    for table in ("steps", "epochs"):
+        whole, resumed = (steps_of(tmp_path / place / "log" / f"{table}.csv") for place in ("whole", "killed"))
+        assert resumed == whole
 
 
 class StopAt(Callback):
