@@ -2,9 +2,9 @@
 
 A prepared layout is a 1-D uint8 tensor: 64 bytes of header (`Header`, little endian), then the payload.
 
-    SIX      [piece of groups][output / 64][ky][group][kx][64] bytes: six weights are an index into a table of 64 sums
-             (AVX-512). Bit b of group g of G = ceil(channels / 6) belongs to channel b G + g. A piece has as many
-             groups as add up in a byte. Outputs 0..31 of a block of 64 are the even bytes, 32..63 the odd ones.
+    SIX      [output / 64][group][ky][kx][64] bytes: six weights are an index into a table of 64 sums (AVX-512). Bit b
+             of group g of G = ceil(channels / 6) belongs to channel b G + g. Outputs 0..31 of a block of 64 are the
+             even bytes, 32..63 the odd ones.
     PLANES   [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 bits, little endian:
              for kernels that count bits. One stream of memory serves four registers of outputs.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...ir.errors import KernelError
 
-MAGIC = b"FXPBIN02"
+MAGIC = b"FXPBIN03"
 HEADER_BYTES = 64
 SIX, PLANES = 1, 2
 # blocks of eight outputs beside each other in PLANES
@@ -80,12 +80,6 @@ class Header:
         return -(-self.channels // 6)
 
     @property
-    def piece_sizes(self) -> list[int]:
-        """Groups of each piece of layout SIX."""
-        at_once, groups = BYTE_SUMS // self.kw, self.six_groups
-        return [min(at_once, groups - begin) for begin in range(0, groups, at_once)]
-
-    @property
     def payload_bytes(self) -> int:
         """Bytes behind the header."""
         taps = self.kh * self.kw
@@ -108,7 +102,7 @@ def pack(layout: int, plus: Tensor, groups: int = 1) -> Tensor:
     header = Header(layout, groups, *plus.shape)
     if not header.is_sane():
         raise KernelError(f"No layout of binary weights for {header}")
-    payload = _six(header, plus) if layout == SIX else _planes(header, plus)
+    payload = _six(plus) if layout == SIX else _planes(header, plus)
     return torch.cat([header.to_bytes(), payload.flatten()])
 
 
@@ -119,22 +113,17 @@ def unpack(layout: Tensor) -> tuple[Header, Tensor]:
     return header, _from_six(header, payload) if header.layout == SIX else _from_planes(header, payload)
 
 
-def _six(header: Header, plus: Tensor) -> Tensor:
+def _six(plus: Tensor) -> Tensor:
     codes = _padded(plus, 6, 64).unflatten(1, (6, -1))  # type: ignore[no-untyped-call]
     index = (codes * (1 << torch.arange(6))[:, None, None, None]).sum(1).to(torch.uint8)  # (out, group, kh, kw)
     index = index.unflatten(0, (-1, 2, 32))  # (out / 64, half, 32, group, kh, kw)
-    index = index.permute(0, 4, 3, 5, 2, 1)  # (out / 64, kh, group, kw, 32, half)
-    return torch.cat([piece.flatten() for piece in index.split(header.piece_sizes, 2)])
+    made: Tensor = index.permute(0, 3, 4, 5, 2, 1)  # (out / 64, group, kh, kw, 32, half)
+    return made
 
 
 def _from_six(header: Header, payload: Tensor) -> Tensor:
-    outputs = -(-header.outputs // 64)
-    pieces = payload.split([size * outputs * header.kh * header.kw * 64 for size in header.piece_sizes])  # type: ignore[no-untyped-call]
-    shaped = [
-        piece.view(outputs, header.kh, size, header.kw, 32, 2)
-        for piece, size in zip(pieces, header.piece_sizes, strict=True)
-    ]
-    index = torch.cat(shaped, 2).permute(0, 5, 4, 2, 1, 3).flatten(0, 2)  # (out, group, kh, kw)
+    blocks = payload.view(-1, header.six_groups, header.kh, header.kw, 32, 2)
+    index = blocks.permute(0, 5, 4, 1, 2, 3).flatten(0, 2)  # (out, group, kh, kw)
     shifts = torch.arange(6, dtype=torch.uint8)
     found = (index[:, None] >> shifts[:, None, None, None] & 1).flatten(1, 2)  # (out, bit, group) -> channels
     return found[: header.outputs, : header.channels].bool()

@@ -26,7 +26,7 @@ int64_t payload_bytes(const BinaryLayout& layout) {
 }  // namespace
 
 int binary_read(const uint8_t* data, int64_t bytes, BinaryLayout* layout) {
-    if (!data || bytes < BINARY_HEADER || memcmp(data, "FXPBIN02", 8) != 0)
+    if (!data || bytes < BINARY_HEADER || memcmp(data, "FXPBIN03", 8) != 0)
         return fail(BAD_LAYOUT, "Not a layout of binary weights: %lld bytes without its mark", (long long)bytes);
     uint32_t* const numbers[] = {&layout->id, &layout->groups, &layout->outputs, &layout->channels, &layout->kh,
                                  &layout->kw};
@@ -52,13 +52,10 @@ namespace {
 
 // One weight of layout SIX.
 bool is_plus(const BinaryLayout& layout, int64_t output, int64_t tap, int64_t channel) {
-    const int64_t kw = layout.kw, ky = tap / kw, kx = tap % kw, at_once = six_at_once(layout);
     const int64_t group = channel % six_groups(layout), bit = channel / six_groups(layout);
-    const int64_t begin = group / at_once * at_once, count = least(six_groups(layout), begin + at_once) - begin;
     const int64_t lane = output % 64 < 32 ? 2 * (output % 32) : 2 * (output % 32) + 1;
-    const int64_t piece = begin * ceil_div(layout.outputs, 64) * layout.taps();
-    const int64_t row = (output / 64 * layout.kh + ky) * count * kw + (group - begin) * kw + kx;
-    return layout.payload[(piece + row) * 64 + lane] >> bit & 1;
+    const int64_t look_up = (output / 64 * six_groups(layout) + group) * layout.taps() + tap;
+    return layout.payload[look_up * 64 + lane] >> bit & 1;
 }
 
 // Layout SIX -> PLANES, for kernels that do not know it.

@@ -11,7 +11,7 @@
 namespace fx {
 
 enum BinaryLayoutId : uint32_t {
-    SIX = 1,     // [piece of groups][output / 64][ky][group][kx][64] indices into tables of groups of six channels
+    SIX = 1,     // [output / 64][group][ky][kx][64] indices into tables of groups of six channels
     PLANES = 2,  // [group][output / 32][tap][channel / 64][block of 8 outputs, up to 4][8] words of 64 weight bits
 };
 
@@ -31,12 +31,9 @@ struct BinaryLayout {
     int64_t terms() const { return taps() * channels; }
 };
 
-// Of layout SIX: groups, and those of a piece, whose look-ups for one kernel row add up in a byte.
+// Of layout SIX: groups, and how many look-ups surely add up in a byte, at least one kernel row.
 constexpr int64_t BYTE_SUMS = 255 / 18;
 static inline int64_t six_groups(const BinaryLayout& layout) { return ceil_div(layout.channels, 6); }
-static inline int64_t six_at_once(const BinaryLayout& layout) {
-    return least(six_groups(layout), BYTE_SUMS / layout.kw);
-}
 
 // Where the words of a block of eight outputs of one group lie in PLANES, and how far apart they are.
 struct PlanesPlace {

@@ -16,6 +16,9 @@ constexpr int64_t PIECE = 512;            // pixels that a thread quantises at a
 constexpr int64_t PART_BYTES = 52 << 10;  // of tables and weights, about the L1 cache
 constexpr int64_t FEW_TILES = 2;          // of a strip
 constexpr int64_t SUMS_BYTES = 256 << 10;  // a part of the L2 cache
+// Look-ups that are added up in a byte as long as all is well: the sums of usual activations stay far below 255, and of
+// half as many even those of the highest levels do, unless nearly all weights are +1.
+constexpr int64_t MANY = 36, SURE = MANY / 2;
 constexpr int64_t WRITTEN = 112;          // pixels that are written together, whole vectors of 16 for many widths
 
 struct TableBytes {
@@ -96,7 +99,8 @@ private:
     const BinaryCall& call = job.call;
     const BinaryLayout& layout = call.layout;
     Taps taps;                   // THREE_TAPS only if nothing is to be read beyond the padding of one
-    int64_t at_once, chunk;      // groups that add up in a byte; those whose tables are made together
+    int64_t chunk;               // groups whose tables are made together
+    int64_t look_ups = MANY;     // that are added up in a byte; fewer after one that may have overflowed
     int64_t step, column_step;   // input columns from table to table; tables from output to output
     int64_t ring;                // rows of tables
     int64_t group_bytes, row_bytes;
@@ -109,7 +113,7 @@ private:
     int64_t* made;               // [input row % ring] which row's tables are there
 
     bool plan();
-    int64_t part_bytes(int64_t pieces, int64_t strip_tiles) const;
+    int64_t part_bytes(int64_t groups, int64_t strip_tiles) const;
     void plan_parts();
     int64_t columns_of(int64_t outputs) const;
     int64_t tile_column(int64_t tile) const { return call.out_width * tile / tiles; }
@@ -120,7 +124,7 @@ private:
     Strip strip_of(int64_t index) const;
     void forget_tables();
     void compute(int64_t y, int64_t line, int64_t group, const Strip& strip);
-    void run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip) const;
+    void run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip);
     void make_tables(int64_t row, int64_t group, const Strip& strip) const;
     void clear_tables(uint8_t* to, int64_t groups, int64_t count) const;
     void make_inside(const uint8_t* codes, uint8_t* to, int64_t groups, int64_t pixels) const;
@@ -137,8 +141,8 @@ bool Band::plan() {
     const bool three = layout.kw == 3 && call.dilation[1] == 1;
     taps = three && call.stride[1] == 1 && call.padding[1] <= 1 ? THREE_TAPS
            : three && call.stride[1] == 2                       ? THREE_TAPS_OF_TWO
+           : layout.kw == 1                                     ? ONE_TAP
                                                                 : ANY_TAPS;
-    at_once = six_at_once(layout);
     step = layout.kw == 1 ? call.stride[1] : 1, column_step = call.stride[1] / step;
     ring = (layout.kh - 1) * call.dilation[0] + 1;
     tiles = ceil_div(call.out_width, MOST_COLUMNS);
@@ -154,21 +158,21 @@ bool Band::plan() {
 }
 
 // Bytes of the tables and the weights that a strip of so many tiles goes through for each output row.
-int64_t Band::part_bytes(int64_t pieces, int64_t strip_tiles) const {
+int64_t Band::part_bytes(int64_t groups, int64_t strip_tiles) const {
     const int64_t width = least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles));
-    return pieces * at_once * 64 * (ring * columns_of(width) + (last - first) * layout.taps());
+    return groups * 64 * (ring * columns_of(width) + (last - first) * layout.taps());
 }
 
 // As many groups at a time as leave room for a strip of a few tiles, then strips as wide as there is room for; as many
 // rows as their sums may take.
 void Band::plan_parts() {
-    const int64_t pieces = ceil_div(job.groups, at_once), few = least(tiles, FEW_TILES);
-    int64_t chunk_pieces = 1, strip_tiles = few;
-    while (chunk_pieces < pieces && part_bytes(chunk_pieces + 1, few) <= PART_BYTES) chunk_pieces++;
-    chunk_pieces = ceil_div(pieces, ceil_div(pieces, chunk_pieces));
-    while (strip_tiles < tiles && part_bytes(chunk_pieces, strip_tiles + 1) <= PART_BYTES) strip_tiles++;
+    const int64_t few = least(tiles, FEW_TILES);
+    int64_t strip_tiles = few;
+    chunk = 1;
+    while (chunk < job.groups && part_bytes(chunk + 1, few) <= PART_BYTES) chunk++;
+    chunk = ceil_div(job.groups, ceil_div(job.groups, chunk));
+    while (strip_tiles < tiles && part_bytes(chunk, strip_tiles + 1) <= PART_BYTES) strip_tiles++;
     strips = ceil_div(tiles, strip_tiles), strip_tiles = ceil_div(tiles, strips);
-    chunk = least(chunk_pieces * at_once, job.groups);
     group_bytes = columns_of(least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles))) * 64;
     row_bytes = chunk * group_bytes;
     keeps_tables = strips == 1 && chunk == job.groups;
@@ -240,27 +244,28 @@ void Band::compute(int64_t y, int64_t line, int64_t group, const Strip& strip) {
         if (!is_inside(row)) continue;
         if (made[row % ring] != row) make_tables(row, group, strip);
         made[row % ring] = row;
-        tile.taps[tile.rows] = ky * layout.kw, tile.table_row[tile.rows++] = row % ring * row_bytes;
+        if (!tile.rows) tile.weights = layout.payload + (group * layout.kh + ky) * layout.kw * 64;
+        tile.table_row[tile.rows++] = row % ring * row_bytes;
     }
     run_tiles(&tile, line, group, strip);
 }
 
-void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip) const {
-    tile->groups = least(chunk, job.groups - group), tile->at_once = at_once, tile->kw = layout.kw;
+void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip) {
+    tile->groups = least(chunk, job.groups - group), tile->kw = layout.kw, tile->begins = group == 0;
     tile->group_bytes = group_bytes, tile->column_bytes = column_step * 64;
     tile->tap_bytes = layout.kw == 1 ? 0 : call.dilation[1] * 64;
     tile->group_weights = layout.taps() * 64;
-    const int64_t all_weights = ceil_div(layout.outputs, 64) * tile->group_weights;  // of a group
-    tile->weights = layout.payload + group * all_weights, tile->piece_weights = at_once * all_weights;
-    tile->begins = group == 0;
+    const int64_t block_weights = job.groups * tile->group_weights;
+    const uint8_t* const weights = tile->weights + first * block_weights;
     for (int64_t t = strip.begin; t < strip.end; t++) {
         const int64_t x = tile_column(t), count = tile_column(t + 1) - x;
         const bool left = x >= call.padding[1], right = x + count + 2 - call.padding[1] <= call.width;
-        TileFunction* const run_tile = tile_function(count, taps, left, right);
-        tile->tables = tables + (x - strip.x) * tile->column_bytes;
-        for (tile->block = first; tile->block < last; tile->block++) {
-            tile->sums = sums + (((tile->block - first) * lines + line) * call.out_width + x) * 64;
-            run_tile(*tile);
+        TileFunction* const run_tile = tile_function(tile->rows, count, taps, left, right);
+        tile->tables = tables + (x - strip.x) * tile->column_bytes, tile->weights = weights;
+        for (int64_t block = first; block < last; block++, tile->weights += block_weights) {
+            tile->sums = sums + (((block - first) * lines + line) * call.out_width + x) * 64;
+            tile->look_ups = look_ups;
+            while (!run_tile(*tile)) tile->look_ups = look_ups = look_ups > SURE ? SURE : BYTE_SUMS;
         }
     }
 }

@@ -40,23 +40,25 @@ bool find_codes(const Job& job, int64_t image, int64_t begin, int64_t end);
 
 constexpr int64_t MOST_COLUMNS = 8;  // output pixels of a tile
 
-// Sums of `columns` pixels and 64 outputs over some pieces of groups and all kernel rows that lie in the image.
+// Sums of `columns` pixels and 64 outputs over some groups and all kernel rows that lie in the image.
 struct Tile {
-    const uint8_t *tables, *weights;  // of the first group; weights of the first piece of all outputs
-    int64_t rows, groups, at_once, kw;  // groups in all and of a piece
-    int64_t table_row[TABLE_ROWS], taps[TABLE_ROWS];  // where the tables of a kernel row begin; its first tap
-    int64_t group_bytes, tap_bytes, column_bytes;     // steps in `tables`
-    int64_t group_weights, piece_weights;  // bytes of a group and 64 outputs, and of a piece and all outputs
-    int64_t block;     // of 64 outputs
+    const uint8_t *tables, *weights;  // of the first group; weights of the first of these kernel rows
+    int64_t rows, groups, kw;
+    int64_t look_ups;                 // at most, or of one kernel row, that are added up in a byte
+    int64_t table_row[TABLE_ROWS];    // where the tables of a kernel row begin
+    int64_t group_bytes, tap_bytes, column_bytes;  // steps in `tables`
+    int64_t group_weights;            // step in `weights`
     bool begins;       // whether these are the first groups: what `sums` held does not count
     uint16_t* sums;    // [pixel]: 32 words S[o] + 256 S[o + 32] for the outputs o = 0..31, 32 words S[o + 32]
 };
-using TileFunction = void(const Tile& tile);
+// False, and `sums` is as it was, if look_ups > BYTE_SUMS and a byte may have overflowed.
+using TileFunction = bool(const Tile& tile);
 
-// Three taps side by side under columns that lie side by side or two apart have functions of their own. Of THREE_TAPS,
-// `left` and `right` tell whether the first and the last of columns + 2 tables count: not if they lie in the padding.
-enum Taps { ANY_TAPS, THREE_TAPS, THREE_TAPS_OF_TWO };
-TileFunction* tile_function(int64_t columns, Taps taps, bool left, bool right);
+// One tap has functions of its own, and so have three taps side by side under columns side by side or two apart. Of
+// THREE_TAPS, `left` and `right` tell whether the first and the last of columns + 2 tables count: not if they lie in the
+// padding.
+enum Taps { ANY_TAPS, ONE_TAP, THREE_TAPS, THREE_TAPS_OF_TWO };
+TileFunction* tile_function(int64_t rows, int64_t columns, Taps taps, bool left, bool right);
 
 // Sums of the pixels [place, place + pixels) of an image -> y.
 struct Finished {

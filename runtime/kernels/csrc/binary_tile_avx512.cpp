@@ -1,9 +1,10 @@
 // Convolution by tables: sums of a few pixels and 64 outputs in registers.
 //
-// A look-up is one instruction for 64 outputs, and so is its addition, in bytes. After as many as fit a byte, the sums are
-// widened to words: three instructions, because the even bytes are not taken apart from the odd ones before the end.
-// Additions are saturating although no sum is that large: on Zen 5 they leave the two ports to the look-ups that these
-// need (8.5 pairs a nanosecond), and plain ones take them from time to time (7.4).
+// A look-up is one instruction for 64 outputs, and so is its addition, in bytes. From time to time sums are widened to
+// words: three instructions, because the even bytes are not taken apart from the odd ones before the end. BYTE_SUMS
+// look-ups fit a byte whatever they find; several times as many do in nearly all cases. A tile tells if a byte may have
+// overflowed: additions are saturating. On Zen 5 these also leave the two ports to the look-ups that need them (8.5
+// pairs a nanosecond), and plain ones take them from time to time (7.4).
 #include "binary_table_avx512.h"
 
 namespace fx {
@@ -92,6 +93,7 @@ FX_INLINE void add_in_order(__m512i* sum, const uint8_t* tables, const uint8_t* 
 // LEFT, RIGHT: whether the first, the last of COLUMNS + 2 tables counts.
 template <bool LEFT, bool RIGHT>
 struct ThreeTaps {
+    static constexpr int TAPS = 3;
     template <int COLUMNS>
     static FX_INLINE void add(__m512i (&sum)[COLUMNS], const Tile&, const uint8_t* tables, const uint8_t* weights) {
 #if defined(__GNUC__)
@@ -108,6 +110,7 @@ struct ThreeTaps {
 // -- any taps ------------------------------------------------------------------------------------------------------------
 
 struct AnyTaps {
+    static constexpr int TAPS = 0;
     template <int COLUMNS>
     static FX_INLINE void add(__m512i (&sum)[COLUMNS], const Tile& tile, const uint8_t* tables,
                               const uint8_t* weights) {
@@ -120,8 +123,20 @@ struct AnyTaps {
     }
 };
 
+// One tap, columns side by side.
+struct OneTap {
+    static constexpr int TAPS = 1;
+    template <int COLUMNS>
+    static FX_INLINE void add(__m512i (&sum)[COLUMNS], const Tile&, const uint8_t* tables, const uint8_t* weights) {
+        const __m512i index = _mm512_loadu_si512(weights);
+        FX_UNROLL
+        for (int c = 0; c < COLUMNS; c++) sum[c] = added(sum[c], index, _mm512_load_si512(tables + 64 * c));
+    }
+};
+
 // Three taps side by side, columns two apart: places that the compiler knows.
 struct ThreeTapsOfTwo {
+    static constexpr int TAPS = 3;
     template <int COLUMNS>
     static FX_INLINE void add(__m512i (&sum)[COLUMNS], const Tile&, const uint8_t* tables, const uint8_t* weights) {
         FX_UNROLL
@@ -136,64 +151,91 @@ struct ThreeTapsOfTwo {
 
 // -- a tile --------------------------------------------------------------------------------------------------------------
 
-// One kernel row of a piece: as many look-ups as add up in a byte.
-template <int COLUMNS, class Adder>
-FX_INLINE void add_row(__m512i (&all)[COLUMNS], __m512i (&odd)[COLUMNS], const Tile& tile, const uint8_t* tables,
-                       const uint8_t* weights, int64_t groups) {
-    __m512i sum[COLUMNS];
-    FX_UNROLL
-    for (int c = 0; c < COLUMNS; c++) sum[c] = _mm512_setzero_si512();
-    for (int64_t group = 0; group < groups; group++) {
-        Adder::add(sum, tile, tables, weights);
-        tables += tile.group_bytes, weights += tile.kw * 64;
-    }
+// Sums of bytes -> words, and zero again; `largest` keeps how large they were.
+template <int COLUMNS>
+FX_INLINE void widen(__m512i (&sum)[COLUMNS], __m512i (&all)[COLUMNS], __m512i (&odd)[COLUMNS], __m512i& largest) {
     FX_UNROLL
     for (int c = 0; c < COLUMNS; c++) {
+        largest = _mm512_max_epu8(largest, sum[c]);
         all[c] = _mm512_add_epi16(all[c], sum[c]);
         odd[c] = _mm512_adds_epu16(odd[c], _mm512_srli_epi16(sum[c], 8));
+        sum[c] = _mm512_setzero_si512();
     }
 }
 
-template <int COLUMNS, class Adder>
-void run(const Tile& tile) {
-    __m512i all[COLUMNS], odd[COLUMNS];
+// A loop for any kernel rows (ROWS = 0), and one for some numbers of them that the compiler knows.
+template <int COLUMNS, int ROWS, class Adder>
+bool run(const Tile& tile) {
+    __m512i all[COLUMNS], odd[COLUMNS], sum[COLUMNS], largest = _mm512_setzero_si512();
     uint16_t* const sums = tile.sums;
     FX_UNROLL
     for (int c = 0; c < COLUMNS; c++) {
         all[c] = tile.begins ? _mm512_setzero_si512() : _mm512_load_si512(sums + 64 * c);
         odd[c] = tile.begins ? _mm512_setzero_si512() : _mm512_load_si512(sums + 64 * c + 32);
+        sum[c] = _mm512_setzero_si512();
     }
-    const uint8_t *tables = tile.tables, *weights = tile.weights;
-    for (int64_t rest = tile.groups; rest > 0; rest -= tile.at_once) {
-        const int64_t groups = least(tile.at_once, rest);
-        const uint8_t* const of_block = weights + tile.block * groups * tile.group_weights;
-        for (int64_t i = 0; i < tile.rows; i++)
-            add_row<COLUMNS, Adder>(all, odd, tile, tables + tile.table_row[i], of_block + groups * tile.taps[i] * 64,
-                                   groups);
-        tables += tile.at_once * tile.group_bytes, weights += tile.piece_weights;
+    const uint8_t* weights = tile.weights;
+    if constexpr (ROWS > 0) {
+        const int64_t span = most(1, tile.look_ups / (Adder::TAPS * ROWS));
+        const int64_t step = tile.group_bytes, next = tile.group_weights;
+        const uint8_t* row[ROWS];
+        FX_UNROLL
+        for (int i = 0; i < ROWS; i++) row[i] = tile.tables + tile.table_row[i];
+        for (int64_t rest = tile.groups; rest > 0; rest -= span) {
+            for (int64_t group = least(span, rest); group > 0; group--, weights += next) {
+                FX_UNROLL
+                for (int i = 0; i < ROWS; i++) {
+                    Adder::add(sum, tile, row[i], weights + Adder::TAPS * 64 * i);
+                    row[i] += step;
+                }
+            }
+            widen(sum, all, odd, largest);
+        }
+    } else {
+        const int64_t span = most(1, tile.look_ups / tile.kw);
+        for (int64_t group = 0; group < tile.groups; group += span) {
+            const int64_t count = least(span, tile.groups - group);
+            for (int64_t i = 0; i < tile.rows; i++) {
+                const uint8_t* table = tile.tables + tile.table_row[i] + group * tile.group_bytes;
+                const uint8_t* index = weights + group * tile.group_weights + i * tile.kw * 64;
+                for (int64_t j = 0; j < count; j++, table += tile.group_bytes, index += tile.group_weights)
+                    Adder::add(sum, tile, table, index);
+                widen(sum, all, odd, largest);
+            }
+        }
     }
+    if (_mm512_cmpeq_epi8_mask(largest, _mm512_set1_epi8(-1))) return false;
     FX_UNROLL
     for (int c = 0; c < COLUMNS; c++) {
         _mm512_store_si512(sums + 64 * c, all[c]);
         _mm512_store_si512(sums + 64 * c + 32, odd[c]);
     }
+    return true;
+}
+
+template <int ROWS, class Adder>
+TileFunction* of_columns(int64_t columns) {
+    static constexpr TileFunction* FUNCTIONS[MOST_COLUMNS] = {
+        run<1, ROWS, Adder>, run<2, ROWS, Adder>, run<3, ROWS, Adder>, run<4, ROWS, Adder>,
+        run<5, ROWS, Adder>, run<6, ROWS, Adder>, run<7, ROWS, Adder>, run<8, ROWS, Adder>};
+    return FUNCTIONS[columns - 1];
 }
 
 template <class Adder>
-TileFunction* of_columns(int64_t columns) {
-    static constexpr TileFunction* FUNCTIONS[MOST_COLUMNS] = {run<1, Adder>, run<2, Adder>, run<3, Adder>,
-                                                              run<4, Adder>, run<5, Adder>, run<6, Adder>,
-                                                              run<7, Adder>, run<8, Adder>};
-    return FUNCTIONS[columns - 1];
+TileFunction* of_rows(int64_t rows, int64_t columns) {
+    if (rows == 2) return of_columns<2, Adder>(columns);
+    return rows == 3 ? of_columns<3, Adder>(columns) : of_columns<0, Adder>(columns);
 }
 
 }  // namespace
 
-TileFunction* tile_function(int64_t columns, Taps taps, bool left, bool right) {
-    if (taps == ANY_TAPS) return of_columns<AnyTaps>(columns);
-    if (taps == THREE_TAPS_OF_TWO) return of_columns<ThreeTapsOfTwo>(columns);
-    if (left) return right ? of_columns<ThreeTaps<true, true>>(columns) : of_columns<ThreeTaps<true, false>>(columns);
-    return right ? of_columns<ThreeTaps<false, true>>(columns) : of_columns<ThreeTaps<false, false>>(columns);
+TileFunction* tile_function(int64_t rows, int64_t columns, Taps taps, bool left, bool right) {
+    if (taps == ONE_TAP && rows == 1) return of_columns<1, OneTap>(columns);
+    if (taps == ANY_TAPS || taps == ONE_TAP) return of_columns<0, AnyTaps>(columns);
+    if (taps == THREE_TAPS_OF_TWO) return of_rows<ThreeTapsOfTwo>(rows, columns);
+    if (left)
+        return right ? of_rows<ThreeTaps<true, true>>(rows, columns) : of_rows<ThreeTaps<true, false>>(rows, columns);
+    return right ? of_rows<ThreeTaps<false, true>>(rows, columns) : of_rows<ThreeTaps<false, false>>(rows, columns);
 }
 
 }  // namespace table

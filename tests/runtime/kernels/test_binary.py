@@ -190,6 +190,21 @@ def test_sums_of_the_largest_levels_do_not_wrap(isa: str) -> None:
         assert torch.equal(y[0, 1::2, 0, 0], torch.full((35,), -27.0 * channels))
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.75, 1.0])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (5, 1)])
+def test_sums_that_overflow_a_byte_are_found_again(share: float, kernel: int, stride: int) -> None:
+    """Usual levels add up in bytes far more often than all levels would; only a part of this image is bright."""
+    torch.manual_seed(0)
+    channels, outputs, window = 100, 70, ([kernel] * 2, [stride] * 2, [kernel // 2] * 2, [1, 1], 1)
+    plus = torch.rand(outputs, channels, kernel, kernel) < share
+    x = torch.randint(0, 3, (2, channels, 23, 25))
+    x[0, :, 4:9, 3:12], x[1, :, 13:, 8:] = 3, 3
+    y = ops.binary_conv2d(
+        x.to(torch.uint8), layouts.pack(layouts.SIX, plus), torch.ones(outputs), None, None, outputs, *window
+    )
+    assert torch.equal(y.double(), F.conv2d(x.double(), plus.double() * 2 - 1, None, *window[1:3]))
+
+
 @pytest.mark.parametrize("isa", kernels.isas())
 @pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
 def test_nan_is_level_zero_and_infinity_the_largest(isa: str, layout: int) -> None:
