@@ -26,7 +26,7 @@ class Cost:
     A product-quantized layer counts as it is stored and as table kernels compute it (Wu et al. 2016, section 3.3): K
     multiply-accumulates for each input to fill the tables, one for each look-up (a tap of a sub-space of an output).
     Its parameters are the codewords and the bias, which learn; its bytes hold each index in log2(K) bits. One whose
-    `kernel` is `dense` counts the multiply-accumulates of its dense weight.
+    `kernel` is `dense` or `dense-int8` counts the multiply-accumulates of its dense weight.
 
     Attributes:
         macs: multiply-accumulates per image of convolutions, linear layers and matrix products.

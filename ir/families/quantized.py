@@ -102,10 +102,11 @@ def _write(labels: Labels, layer: Any, path: str, written: Tensor) -> None:
 def _count(labels: Labels, node: fx.Node, layer: Any, given: Shape, shape: Shape, kept: tuple[Tensor, Tensor]) -> None:
     """Multiply-accumulates: K for each input to fill the tables, and one look-up per tap, sub-space and output.
 
-    Wu et al. 2016, section 3.3. A layer that emits its dense weight (`kernel: dense`) costs what a dense one does.
+    Wu et al. 2016, section 3.3. A layer that runs by its dense weight (`kernel: dense`, `dense-int8`) costs what a
+    dense one does.
     """
     taps, count, _ = layer.indices.shape
-    if layer.kernel == "dense":
+    if layer.kernel in ("dense", "dense-int8"):
         labels.terms.append(Term(node, prod(shape) * taps * layer.inputs, kept))
         return
     labels.terms.append(Term(node, prod(given) * layer.codewords, kept[:1]))

@@ -39,7 +39,9 @@ class Emit(Pass):
 
     A product-quantized layer can run in two ways: with its weight decoded once, as the dense layer that it replaces, or
     by tables of the products of its input with the codewords, in which the indices look up what to add. `kernels: auto`
-    times both on the input that the layer gets in this network, in either layout, and keeps the faster one. The sums of
+    times both on the input that the layer gets in this network, in either layout, and keeps the faster one. Who allows
+    tables of 8 bits allows a convolution a decoded weight of 8 bits, too, on inputs of 8 bits: it is timed as well, and
+    taken where it is the fastest and moves the outputs no further than the tables would. The sums of
     `tables: fp32` are those of the decoded weight but for rounding; int16 and int8 tables are faster and move the
     outputs: `emit` is then a lossy pass, everything else that it does is proven before, and the distance is reported
     for each layer and for the network.
@@ -67,9 +69,10 @@ class Emit(Pass):
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
     """Memory layout of images; `auto` measures both."""
     kernels: Literal["auto", "dense", "table"] = "auto"
-    """How product-quantized layers run: decoded to dense weights, by table, or what is faster on each (`auto`)."""
+    """How product-quantized layers run: decoded to dense weights, by table, or what is fastest on each (`auto`)."""
     tables: Tables = "fp32"
-    """Numbers in the tables of layers that run by table; other than fp32 they change the outputs."""
+    """Numbers in the tables of layers that run by table; other than fp32 they change the outputs. With int8,
+    `kernels: auto` may also run a convolution by its decoded weight of 8 bits."""
 
     binary: Literal["packed", "off"] = "packed"
     """Whether binary layers are packed, or stay as they can be trained."""

@@ -21,7 +21,7 @@ _RELU, _POOL = torch.ops.aten.relu.default, torch.ops.aten.max_pool2d.default
 def fuse_epilogues(graph: Graph, author: str) -> Counter[str]:
     """Let layers do what alone reads them: ReLU, and max pool of a convolution.
 
-    8-bit layers take them in either order, product-quantized ones that run by table a pool behind a ReLU.
+    8-bit layers take them in either order, product-quantized ones that a kernel of ours runs a pool behind a ReLU.
 
     Returns:
         How many `ReLUs` and `max pools` went.
@@ -66,14 +66,16 @@ def _pool(node: fx.Node, layer: Int8Layer | PQLayer) -> bool:
 
 
 def _takes_pool(layer: Int8Conv2d | PQConv2d, kernel: int) -> bool:
-    return layer.relu if isinstance(layer, PQConv2d) else layer.groups == 1 and kernel <= MOST_POOLED
+    if isinstance(layer, PQConv2d):
+        return layer.relu and (layer.kernel == "table" or kernel <= MOST_POOLED)
+    return layer.groups == 1 and kernel <= MOST_POOLED
 
 
 def _reads_alone(graph: Graph, node: fx.Node) -> bool:
     """Whether a node reads a layer that can take it, and that has no other reader and no other call."""
     source = node.all_input_nodes[0]
     layer = graph.layer(source)
-    if not (isinstance(layer, Int8Layer) or (isinstance(layer, PQLayer) and layer.kernel == "table")):
+    if not (isinstance(layer, Int8Layer) or (isinstance(layer, PQLayer) and layer.by_kernel)):
         return False
     calls = sum(other.op == "call_module" and other.target == source.target for other in graph.nodes)
     return len(source.users) == 1 and calls == 1

@@ -1,4 +1,4 @@
-"""Table kernel or decoded dense weight: measured for each product-quantized layer on the input that it really gets."""
+"""Tables or a decoded weight: measured for each product-quantized layer on the input that it really gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from ...runtime.layers.pq_conv2d import PQConv2d
 from ...runtime.layers.pq_linear import PQLinear
 from ...runtime.measure import latency_ratio
 
-Kernel = Literal["dense", "table"]
+Kernel = Literal["dense", "dense-int8", "table"]
 Tables = Literal["fp32", "int16", "int8"]
 PQ = (PQLinear, PQConv2d)
 
@@ -34,7 +34,8 @@ class KernelChoice:
 
     Args:
         layer: its name.
-        kernel: `table` looks products up, `dense` multiplies with the decoded weight.
+        kernel: `table` looks products up, `dense` multiplies with the decoded weight, `dense-int8` with 8 bits of
+            each of its numbers.
         reason: for the report.
         tables: numbers in the tables; None without tables.
         input: shape of what it was measured on.
@@ -42,6 +43,9 @@ class KernelChoice:
         dense_ms: time of one call with the decoded weight.
         ratio: table time / dense time, of both measured in turns.
         distance: largest difference of the outputs of tables and decoded weight over the largest output.
+        int8_ms: time of one call with the weight of 8 bits; None where that was no candidate, as of the next two.
+        int8_ratio: that time / dense time, of both measured in turns.
+        int8_distance: as `distance`, of the outputs of the weight of 8 bits.
     """
 
     layer: str
@@ -53,16 +57,22 @@ class KernelChoice:
     dense_ms: float | None = None
     ratio: float | None = None
     distance: float | None = None
+    int8_ms: float | None = None
+    int8_ratio: float | None = None
+    int8_distance: float | None = None
 
 
 def choose_kernels(
     graph: Graph, wish: Literal["auto", "dense", "table"], tables: Tables, batch: Inputs | None
 ) -> list[KernelChoice]:
-    """Set `kernel` and `tables` of every product-quantized layer: as wished, or for `auto` what is faster on the batch.
+    """Set `kernel` and `tables` of product-quantized layers: as wished, or for `auto` what is fastest on the batch.
+
+    Where tables may have 8 bits, so may the decoded weight of a convolution: if that is the fastest, and moves the
+    outputs no further than the tables do, the layer runs by it.
 
     Args:
         graph: laid out as it is going to run: the memory format of images matters.
-        wish: `auto` measures both.
+        wish: `auto` measures all.
         tables: numbers in the tables of the layers that run by table.
         batch: inputs of the network; None: nothing is measured, and `auto` keeps to decoded weights.
     """
@@ -86,22 +96,35 @@ def metrics_of(choices: list[KernelChoice]) -> dict[str, Any]:
 
 
 def notes_of(choices: list[KernelChoice]) -> list[str]:
-    """One sentence for the layers by table, and one for each reason why others are not."""
+    """One sentence for the layers by table, one for those by weights of 8 bits, one for each reason of the others."""
     notes = []
     tables = [choice for choice in choices if choice.kernel == "table"]
     if tables:
         shares = [choice.ratio for choice in tables if choice.ratio is not None]
-        span = f" in {min(shares):.2f} to {max(shares):.2f} of the dense time" if shares else ""
-        notes.append(f"{_count(tables)} of {len(choices)} by {tables[0].tables} table{span}")
+        notes.append(f"{_count(tables)} of {len(choices)} by {tables[0].tables} table{_span(shares)}")
+    rounded = [choice for choice in choices if choice.kernel == "dense-int8"]
+    if rounded:
+        shares = [choice.int8_ratio for choice in rounded if choice.int8_ratio is not None]
+        notes.append(f"{_count(rounded)} by decoded weights of 8 bits ({_names(rounded)}){_span(shares)}")
     reasons: dict[str, list[KernelChoice]] = {}
     for choice in choices:
         if choice.kernel == "dense":
             reasons.setdefault(choice.reason, []).append(choice)
     for reason, found in reasons.items():
-        names = ", ".join(choice.layer for choice in found[:3])
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        notes.append(f"{_count(found)} dense ({names}{more}): {reason}")
+        notes.append(f"{_count(found)} dense ({_names(found)}): {reason}")
     return notes
+
+
+def _span(shares: list[float]) -> str:
+    if not shares:
+        return ""
+    least, most = f"{min(shares):.2f}", f"{max(shares):.2f}"
+    return f" in {least if least == most else f'{least} to {most}'} of the dense time"
+
+
+def _names(choices: list[KernelChoice]) -> str:
+    more = f" and {len(choices) - 3} more" if len(choices) > 3 else ""
+    return ", ".join(choice.layer for choice in choices[:3]) + more
 
 
 def _count(choices: list[KernelChoice]) -> str:
@@ -159,16 +182,52 @@ def _judge(name: str, layer: PQLinear | PQConv2d, x: Tensor, wish: str, tables: 
     if wish == "dense" or (unfit and wish == "auto"):
         return _unmeasured(name, layer, wish, tables)
     table, dense = _twin(layer, "table", tables), _twin(layer, "dense", "fp32")
-    off = distance(dense(x), table(x))
+    expected = dense(x)
+    off = distance(expected, table(x))
     if unfit:
         reason = f"table as asked for, by the torch reference: {unfit}"
         return KernelChoice(name, "table", reason, tables, tuple(x.shape), distance=off)
     time = latency_ratio(table, dense, x, rounds=ROUNDS)
-    numbers = (tuple(x.shape), time.candidate_ms, time.reference_ms, time.ratio)
-    if wish == "table" or time.ratio < 1:
-        reason = "table as asked for" if wish == "table" else f"table takes {time.ratio:.2g} of the dense time"
-        return KernelChoice(name, "table", reason, tables, *numbers, off)
-    return KernelChoice(name, "dense", "the table takes longer than the decoded weight", None, *numbers)
+    found = KernelChoice(
+        name,
+        "table",
+        "table as asked for",
+        tables,
+        tuple(x.shape),
+        time.candidate_ms,
+        time.reference_ms,
+        time.ratio,
+        off,
+    )
+    if wish == "table":
+        return found
+    if tables == "int8" and isinstance(layer, PQConv2d) and not layer.no_int8():
+        rounded = _twin(layer, "dense-int8", "fp32")
+        time = latency_ratio(rounded, dense, x, rounds=ROUNDS)
+        off = distance(expected, rounded(x))
+        found = replace(found, int8_ms=time.candidate_ms, int8_ratio=time.ratio, int8_distance=off)
+    return _fastest(found)
+
+
+def _fastest(found: KernelChoice) -> KernelChoice:
+    """The choice from what was measured."""
+    assert found.ratio is not None
+    took = f"table takes {found.ratio:.2g} of the dense time"
+    rejected = ""
+    if found.int8_ratio is not None and found.int8_ratio < min(found.ratio, 1):
+        took = f"{took}, the decoded weight of 8 bits {found.int8_ratio:.2g}"
+        if _is_closer(found):
+            return replace(found, kernel="dense-int8", reason=took, tables=None)
+        rejected = "; that of 8 bits is faster and moves the outputs further than the table"
+    if found.ratio < 1:
+        return replace(found, reason=took + rejected)
+    slower = f"the table takes longer than the decoded weight{rejected}"
+    return replace(found, kernel="dense", reason=slower, tables=None, distance=None)
+
+
+def _is_closer(found: KernelChoice) -> bool:
+    """Whether the weight of 8 bits moves the outputs no further than the tables do."""
+    return found.int8_distance is not None and found.distance is not None and found.int8_distance <= found.distance
 
 
 def _twin(layer: PQLinear | PQConv2d, kernel: Kernel, tables: Tables) -> PQLinear | PQConv2d:

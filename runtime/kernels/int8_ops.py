@@ -6,6 +6,8 @@
 
 x is float32, weights (1-D int8) and offset come from `prepare_int8` (`int8_reference.py` has the formulas), scale is
 the product of the steps of inputs and weights, per output, `inverse` 1 / the step of the inputs, `zero` the byte of 0.
+With `inverse` 0 and `zero` 1 a convolution rounds every image by what its own finite numbers span: scale is then the
+steps of the weights alone, and the offset is that of a zero of 1.
 One group. Outputs of a convolution lie channels-last, whatever its input does. `pool` is empty, or kernel, stride and
 padding of a max pool of its outputs, six numbers: these are then never written as a whole.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from .window import Window, pooled
 _LAYER = struct.Struct("4P24qf3i")
 MOST_POOLED = 16
 """Largest kernel of a max pool behind a convolution."""
+MOST_TERMS = 1 << 16
+"""Most weights of an output, whose sum of products of bytes fits 31 bits."""
 
 
 class Numbers(NamedTuple):
@@ -40,11 +44,18 @@ class Numbers(NamedTuple):
     inverse: float
     zero: int
 
+    @property
+    def own_grids(self) -> bool:
+        """Whether every image is rounded by its own span."""
+        return self.inverse == 0 and self.zero == 1
+
 
 class _BoundInt8(Bound):
     """Both operators: their arguments are those of `Numbers`, those of `Window`, a pool of convolutions, and `relu`."""
 
     function = "fxpress_int8_layer"
+    _of_images: ClassVar[bool] = False
+    """Whether inputs are images, which can be rounded by their own spans."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -59,7 +70,8 @@ class _BoundInt8(Bound):
         if x.dtype != torch.float32:
             raise KernelError(f"x is {x.dtype}", hint="The 8-bit kernels read float32")
         of.check()
-        if not 0 <= numbers.zero <= 255 or not 0 < numbers.inverse < float("inf"):
+        known = 0 <= numbers.zero <= 255 and 0 < numbers.inverse < float("inf")
+        if not known and not (self._of_images and numbers.own_grids):
             raise KernelError(f"0 at byte {numbers.zero}, inputs times {numbers.inverse}: out of range")
         wanted = {"offset": torch.int32, "scale": torch.float32, "bias": torch.float32}
         for name, dtype in wanted.items():
@@ -86,7 +98,7 @@ class _BoundInt8(Bound):
 class BoundInt8Conv2d(_BoundInt8):
     """int8_conv2d."""
 
-    name = "int8_conv2d"
+    name, _of_images = "int8_conv2d", True
 
     def output(self, x: Tensor) -> Output:
         """(N, C, H, W) → (N, out, H', W'), channels-last."""

@@ -4,6 +4,9 @@
     y[o] = relu?(scale[o] (Σ q w[o] + offset[o]) + bias[o])      offset[o] = -zero Σ w[o]; zero padding is q = zero
     max pool: the largest y of a window, found by the largest sum, or the least where scale[o] is negative
 
+Where images have their own grids (`inverse` 0, `zero` 1), each one's step and zero are those of `input_grid` for its
+finite numbers: `inverse` is 1 / step, the offset is taken times zero, the scale times step.
+
 Sums are exact integers of 32 bits, and float32 operations are rounded one by one, from left to right.
 
 Weights lie as [output / 16][segment][dword][16][4] bytes: four bytes of input meet 16 outputs. A segment is what lies
@@ -21,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...ir.errors import KernelError
+from .int8_grid import input_grid
 from .window import Window
 
 if TYPE_CHECKING:
@@ -84,8 +88,18 @@ def _ended(sums: Tensor, numbers: Numbers, relu: bool, dim: int) -> Tensor:
     return y.relu() if relu else y
 
 
+def _of_image(image: Tensor, numbers: Numbers) -> Numbers:
+    """The numbers for an image that is rounded by its own span."""
+    step, zero = input_grid(torch.stack(torch.aminmax(image.nan_to_num(0, 0, 0))))
+    byte = int(zero)
+    offset, scale = byte * numbers.offset, step * numbers.scale
+    return numbers._replace(offset=offset, scale=scale, inverse=float(step.reciprocal()), zero=byte)
+
+
 def conv2d(x: Tensor, numbers: Numbers, of: Window, pool: Sequence[int], relu: bool) -> Tensor:
     """(N, C, H, W) → (N, out, H', W'); `pool` six numbers or none."""
+    if numbers.own_grids and x.numel():
+        return torch.cat([conv2d(image, _of_image(image, numbers), of, pool, relu) for image in torch.split(x, 1)])
     weight = _weight(numbers, of, x.shape[1]).double()
     sums = F.conv2d(_rounded(x, numbers), weight, None, list(of.stride), list(of.padding), list(of.dilation))
     if not pool:

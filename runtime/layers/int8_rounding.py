@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.int8_grid import BYTES, usable
+from ..kernels.int8_grid import input_grid as input_grid
+
 LARGEST = 127
 """Weights are whole numbers from -127 to 127: symmetric, so that they need no zero point."""
-BYTES = 255
 
 
 class _Round(torch.autograd.Function):
@@ -36,7 +38,7 @@ def weight_steps(weight: Tensor) -> Tensor:
     """Step of the grid of each output, (out,): the largest |w| becomes 127; 1 where all are zero, or nearly."""
     if weight.is_meta:  # there are no numbers; asking torch for them all the same would import its compiler
         return weight.new_empty(len(weight))
-    return _usable(weight.detach().flatten(1).abs().amax(1) / LARGEST)
+    return usable(weight.detach().flatten(1).abs().amax(1) / LARGEST)
 
 
 def weight_numbers(weight: Tensor, steps: Tensor) -> Tensor:
@@ -49,21 +51,6 @@ def weight_values(weight: Tensor, steps: Tensor) -> Tensor:
     return weight_numbers(weight, steps) * _per_output(steps, weight)
 
 
-def input_grid(span: Tensor) -> tuple[Tensor, Tensor]:
-    """Step s and byte z of zero for inputs between two numbers: x ≈ s (q - z), q from 0 to 255.
-
-    Zero lies on the grid, because padding is zero; so the span is widened to hold it.
-
-    Source: B. Jacob et al., Quantization and Training of Neural Networks, CVPR 2018, section 2.1 and equation 1.
-
-    Args:
-        span: (2,), least and largest value.
-    """
-    low, high = span[0].clamp(max=0), span[1].clamp(min=0)
-    step = _usable((high - low) / BYTES)
-    return step, torch.round(-low / step)
-
-
 def input_values(x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """The inputs that a layer computes with; NaN counts as 0, what is beyond the span as its nearest end.
 
@@ -71,11 +58,6 @@ def input_values(x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """
     steps = torch.minimum(torch.maximum(rounded(x * step.reciprocal()), -zero), BYTES - zero)
     return torch.where(steps.isnan(), torch.zeros_like(steps), steps) * step
-
-
-def _usable(step: Tensor) -> Tensor:
-    """1 in the place of steps that are too small to be divided by."""
-    return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
 
 
 def _per_output(steps: Tensor, weight: Tensor) -> Tensor:

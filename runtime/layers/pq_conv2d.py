@@ -13,6 +13,8 @@ from torch.nn.modules.utils import _pair
 from ...ir.dialect import register_layer
 from ...ir.errors import OptionError
 from .. import kernels
+from ..kernels.int8_ops import MOST_POOLED, MOST_TERMS
+from .int8_rounding import weight_numbers, weight_steps
 from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
 
 Pair = int | tuple[int, int]
@@ -29,13 +31,13 @@ class PQConv2d(PQLayer):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in torch.nn.Conv2d.
         pool: kernel, stride and padding, (height, width) each, of a max pool behind the ReLU; empty for none. The layer
-            then gives what the pool does, and by table its own outputs are never written to memory as a whole.
+            then gives what the pool does, and kernels of fxpress never write its own outputs to memory as a whole.
         channels_last: whether the outputs lie channels-last whatever the images do (`emit` asks for it where a network
             begins); else they lie as the images.
         **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, `relu`, as in `PQLayer`.
 
     Raises:
-        OptionError: a depthwise convolution, or a value out of its range.
+        OptionError: a depthwise convolution, kernel `dense-int8` for what it cannot run, or a value out of its range.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class PQConv2d(PQLayer):
         self.padding = padding if isinstance(padding, str) else _pair(padding)
         self.pool, self.channels_last = tuple(pool), channels_last
         _check_pool(self.pool, self.relu)
+        if self.kernel == "dense-int8" and self.no_int8():
+            raise OptionError(f"kernel is 'dense-int8'; {self.no_int8()}")
 
     @classmethod
     def from_weights(cls, layer: nn.Conv2d, codebook: Tensor, indices: Tensor, /, **options: Any) -> PQConv2d:
@@ -111,11 +115,36 @@ class PQConv2d(PQLayer):
         size = [(n + more - gap * (kernel - 1) - 1) // step + 1 for n, more, kernel, step, gap in edges]
         return (*images[:-3], self.out_channels, *size)
 
-    def _looked_up(self, x: Tensor, tables: kernels.Bound) -> Tensor:
-        x = self._padded(x)
-        return tables(x) if x.dim() == 4 else tables(x.unsqueeze(0)).squeeze(0)
+    def no_int8(self) -> str | None:
+        """Why `dense-int8` cannot run this layer; None where it can."""
+        if self.groups > 1:
+            return f"there are {self.groups} groups, and it takes one"
+        if self.inputs * len(self.indices) > MOST_TERMS:
+            return f"an output has {self.inputs * len(self.indices)} weights, and it takes {MOST_TERMS}"
+        if self.pool and max(self.pool[:2]) > MOST_POOLED:
+            return f"the pool is {self.pool[:2]}, and it takes {MOST_POOLED} pixels a side"
+        return None
 
-    def _bind(self, codebook: Tensor) -> kernels.Bound:
+    def _computed(self, x: Tensor, kernel: kernels.Bound) -> Tensor:
+        x = self._padded(x)
+        y = kernel(x) if x.dim() == 4 else kernel(x.unsqueeze(0)).squeeze(0)
+        if self.kernel == "dense-int8" and not self.channels_last and x.is_contiguous():
+            return y.contiguous()  # that kernel writes channels-last alone
+        return y
+
+    def _bind(self) -> kernels.Bound:
+        return self._bind_int8() if self.kernel == "dense-int8" else self._bind_table()
+
+    def _bind_int8(self) -> kernels.Bound:
+        weight = self.decoded()
+        steps = weight_steps(weight)
+        numbers = weight_numbers(weight, steps).to(torch.int8)
+        layout, offset = kernels.prepare_int8(numbers, 1, int(self.dilation[1]))
+        window = self.out_channels, self.kernel_size, self.stride, self._even_padding(), self.dilation
+        return kernels.BoundInt8Conv2d(layout, offset, steps, self.bias, 0.0, 1, *window, self.pool, self.relu)
+
+    def _bind_table(self) -> kernels.Bound:
+        codebook = kernels.prepare_codebook(self.stored_codebook())
         layout = kernels.prepare_conv2d(self.indices, self.codewords, self.tables, self.groups)
         window = self.kernel_size, self.stride, self._even_padding(), self.dilation
         sizes = self.out_channels, *window, self.groups

@@ -15,7 +15,7 @@ from .pq_codebook import SIZES, as_stored, bits, check_choice, check_sizes, deco
 from .pq_codebook import Precision as Precision
 from .snapshot import Snapshot
 
-Kernel = Literal["decode", "dense", "table"]
+Kernel = Literal["decode", "dense", "dense-int8", "table"]
 Tables = Literal["fp32", "int16", "int8"]
 
 
@@ -32,8 +32,10 @@ class PQLayer(nn.Module):
         codebook: what a file keeps of the codewords; the forward pass uses them with the same values.
         entropy: whether a file holds the indices entropy coded, where that is smaller.
         kernel: how the layer computes in evaluation mode: `decode` makes the weight anew for each call, `dense` once,
-            `table` looks products of inputs and codewords up in tables and makes no weight at all. In training mode
-            the weight is decoded; gradients in evaluation mode are those of the decoded weight.
+            `dense-int8` (convolutions of one group) makes it once and rounds it to 8 bits, with a step for each output,
+            and every image to 256 levels of what it spans, `table` looks products of inputs and codewords up in tables
+            and makes no weight at all. In training mode the weight is decoded; gradients in evaluation mode are those
+            of the decoded weight.
         tables: numbers in these tables; fp32 is exact but for rounding.
         relu: whether negative outputs become 0: a ReLU behind the layer costs nothing where its sums are written.
 
@@ -137,7 +139,7 @@ class PQLayer(nn.Module):
     # -- what evaluation prepares ---------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make now what the first call in evaluation mode would make: the dense weight, or the layout of the kernels.
+        """Make now what the first call in evaluation mode would make: the dense weight, or what the kernels read.
 
         A layer that was prepared goes through torch.compile and torch.export as it runs; one that was not, decoded.
         """
@@ -148,8 +150,13 @@ class PQLayer(nn.Module):
         """Drop what evaluation has prepared."""
         self._prepared = None
 
-    def _bind(self, codebook: Tensor) -> kernels.Bound:
-        """What looks products of inputs and codewords up in tables; `codebook` as the kernels want it."""
+    @property
+    def by_kernel(self) -> bool:
+        """Whether a kernel of fxpress computes the outputs in evaluation mode, and so can end them as well."""
+        return self.kernel in ("dense-int8", "table")
+
+    def _bind(self) -> kernels.Bound:
+        """The kernel of this layer, `by_kernel`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,9 +177,9 @@ class PQLayer(nn.Module):
         """Outputs by a dense weight."""
         raise NotImplementedError
 
-    def _looked_up(self, x: Tensor, tables: kernels.Bound) -> Tensor:
-        """Outputs by tables."""
-        return tables(x)
+    def _computed(self, x: Tensor, kernel: kernels.Bound) -> Tensor:
+        """Outputs by a kernel of fxpress."""
+        return kernel(x)
 
     def _evaluated(self, x: Tensor) -> Tensor:
         """Outputs without gradients, in the way that was chosen for evaluation."""
@@ -181,17 +188,16 @@ class PQLayer(nn.Module):
             known = self._prepare()
         if known.weight is not None:
             return self._weighted(x, known.weight)
-        if known.tables is not None and x.dtype == torch.float32:
-            return self._looked_up(x, known.tables)
+        if known.kernel is not None and x.dtype == torch.float32:
+            return self._computed(x, known.kernel)
         return self._weighted(x, self.decoded())
 
     def _prepare(self) -> _Prepared:
-        """The dense weight, or what looks up by tables; made once for these tensors and options."""
+        """The dense weight, or the kernel with what it reads; made once for these tensors and options."""
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could serve no gradient later
             weight = self.decoded() if self.kernel == "dense" else None
-            floats = self.kernel == "table" and self.codebook.dtype == torch.float32
-            tables = self._bind(kernels.prepare_codebook(self.stored_codebook())) if floats else None
-        self._prepared = _Prepared(weight, tables, Snapshot(self._sources()))
+            kernel = self._bind() if self.by_kernel and self.codebook.dtype == torch.float32 else None
+        self._prepared = _Prepared(weight, kernel, Snapshot(self._sources()))
         return self._prepared
 
     def _sources(self) -> tuple[Tensor | None, ...]:
@@ -273,10 +279,10 @@ class _Evaluation(torch.autograd.Function):
 
 
 class _Prepared(NamedTuple):
-    """What evaluation has prepared: the dense weight, what looks up by tables, or neither; and of which tensors."""
+    """What evaluation has prepared: the dense weight, a kernel of fxpress, or neither; and of which tensors."""
 
     weight: Tensor | None
-    tables: kernels.Bound | None
+    kernel: kernels.Bound | None
     snapshot: Snapshot
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ...ir.dialect import register_layer
+from ...ir.errors import OptionError
 from .. import kernels
 from .pq_layer import ATTRIBUTES, OPTIONS, PQLayer
 
@@ -20,10 +21,15 @@ class PQLinear(PQLayer):
     Args:
         in_features, out_features, bias: as in torch.nn.Linear.
         **options: `subspace`, `codewords`, `codebook`, `entropy`, `kernel`, `tables`, `relu`, as in `PQLayer`.
+
+    Raises:
+        OptionError: kernel `dense-int8`, or a value out of its range.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
         super().__init__(in_features, out_features, 1, bias, **options)
+        if self.kernel == "dense-int8":
+            raise OptionError("kernel is 'dense-int8', which is of convolutions", hint="'table' is smaller and faster.")
         self.in_features, self.out_features = in_features, out_features
 
     @classmethod
@@ -63,7 +69,8 @@ class PQLinear(PQLayer):
         """`(.., in)` -> `(.., out)`."""
         return self.finish(F.linear(x, weight, self.bias))
 
-    def _bind(self, codebook: Tensor) -> kernels.Bound:
+    def _bind(self) -> kernels.Bound:
+        codebook = kernels.prepare_codebook(self.stored_codebook())
         layout = kernels.prepare_linear(self.indices, self.codewords, self.tables)
         return kernels.BoundPQLinear(codebook, layout, self.bias, self.out_features, self.tables, self.relu)
 

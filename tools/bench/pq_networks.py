@@ -232,10 +232,15 @@ def _choices(network: Network, asked: Load, engines: list[tuple[Engine, Compiled
     rows = []
     for engine, compiled in engines:
         metrics = compiled.report["emit"].metrics
-        dense = [name for name, choice in metrics["kernels"].items() if choice["kernel"] == "dense"]
-        text = f"{metrics['layout']}; dense: {', '.join(dense) or 'none'}"
+        named = [(kernel, _run_by(metrics, kernel)) for kernel in ("dense", "dense-int8")]
+        text = "; ".join([metrics["layout"], *(f"{kernel}: {names}" for kernel, names in named)])
         rows.append(Row(f"{network.name}, {asked}, choices", engine.name, text))
     return rows
+
+
+def _run_by(metrics: dict[str, Any], kernel: str) -> str:
+    """Names of the layers that run by a kernel."""
+    return ", ".join(name for name, choice in metrics["kernels"].items() if choice["kernel"] == kernel) or "none"
 
 
 def decoded(model: nn.Module, graph: Graph) -> nn.Module:

@@ -1,6 +1,8 @@
 // Layers of 8-bit weights and inputs: checks, rounding of the images, rows of outputs dealt out to threads.
 #include "int8.h"
 
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 
 #include "dispatch.h"
@@ -12,6 +14,7 @@ namespace {
 constexpr int64_t LIMIT = int64_t(1) << 24;
 constexpr int64_t TERMS = int64_t(1) << 16;       // of a sum: 255 * 127 * TERMS fits 31 bits
 constexpr int64_t IMAGES_BYTES = int64_t(8) << 20;  // rounded images that are made together
+constexpr int64_t PARTS = 16;                       // of an image, whose spans are found side by side
 
 }  // namespace
 }  // namespace fx
@@ -21,14 +24,14 @@ struct FxpressInt8Layer {
     FxpressCall call;
     const int8_t* weights;
     const int32_t* offset;
-    const float *scale, *bias;
+    const float *scale, *bias;  // where images have their own grids: steps of the weights; offset of a zero of 1
     int64_t weight_bytes;
     int64_t batch, channels, height, width;
     int64_t outputs, out_height, out_width;  // before the pool
     int64_t kernel[2], stride[2], padding[2], dilation[2];
     int64_t pool_kernel[2], pool_stride[2], pool_padding[2];  // of a max pool behind the layer; kernel 0: none
     int64_t pooled_height, pooled_width;                      // of y then
-    float inverse;
+    float inverse;  // 0: every image is rounded by its own span
     int32_t zero, channels_last, relu;
 
     const float* x() const { return static_cast<const float*>(call.x); }
@@ -51,6 +54,14 @@ const Int8Kernels& kernels_for(int isa) {
     return int8_portable;
 }
 
+// What belongs to an image that is rounded by its own span.
+struct Grid {
+    Int8Span parts[PARTS];
+    Int8Rounding rounding;
+    int32_t* offset;
+    float* scale;
+};
+
 // Images of one layer with their borders, and the runs of bytes of a window.
 struct Images {
     const Layer& of;
@@ -58,6 +69,7 @@ struct Images {
     uint8_t* bytes;
     int64_t* places;
     int32_t* flips;
+    Grid* grids;
     bool falls = false;  // whether an output falls with its sum
 
     bool dilated() const { return of.dilation[1] > 1 && of.kernel[1] > 1; }
@@ -67,11 +79,22 @@ struct Images {
     int64_t dwords() const { return segments() * segment_dwords(); }
     int64_t wide() const { return of.width + 2 * of.padding[1]; }
     int64_t row_bytes() const { return wide() * of.channels; }
-    Int8End end() const { return {of.offset, of.scale, of.bias, of.relu != 0}; }
+    bool own_grids() const { return of.inverse == 0; }
+    int64_t grid_bytes() const { return own_grids() ? sizeof(Grid) + 8 * of.outputs : 0; }
+    Int8Rounding rounding(int64_t slot) const {
+        return own_grids() ? grids[slot].rounding : Int8Rounding{of.inverse, of.zero};
+    }
+    Int8End end(int64_t slot) const {
+        if (own_grids()) return {grids[slot].offset, grids[slot].scale, of.bias, of.relu != 0};
+        return {of.offset, of.scale, of.bias, of.relu != 0};
+    }
     int64_t image_bytes() const { return (of.height + 2 * of.padding[0]) * row_bytes() + SLACK; }
     int64_t lanes() const { return whole_lanes(of.outputs); }
     int64_t weight_bytes() const { return lanes() * dwords() * 4; }
+    bool reserve(int64_t together);
     void place();
+    void span(int64_t image, int64_t slot, int64_t part) const;
+    void settle(int64_t slot) const;
     void round(int64_t image, int64_t slot, int64_t line) const;
     int64_t pieces() const;
     bool compute(int64_t image, int64_t slot, int64_t piece) const;
@@ -79,6 +102,23 @@ struct Images {
     void turn(int32_t* sums) const;
     bool pooled_lines(int64_t image, int64_t slot, int64_t top, int64_t bottom) const;
 };
+
+// Memory for so many images at a time.
+bool Images::reserve(int64_t together) {
+    bytes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * image_bytes())));
+    places = static_cast<int64_t*>(scratch(SLOT_CONV_INDEX, size_t(dwords() * 8 + lanes() * 4)));
+    if (!bytes || !places) return false;
+    flips = reinterpret_cast<int32_t*>(places + dwords());
+    if (!own_grids()) return true;
+    grids = static_cast<Grid*>(scratch(SLOT_CONV_EXACT, size_t(together * grid_bytes())));
+    if (!grids) return false;
+    float* numbers = reinterpret_cast<float*>(grids + together);
+    for (int64_t slot = 0; slot < together; slot++, numbers += 2 * of.outputs) {
+        grids[slot].scale = numbers;
+        grids[slot].offset = reinterpret_cast<int32_t*>(numbers + of.outputs);
+    }
+    return true;
+}
 
 void Images::place() {
     const int64_t across = dilated() ? of.kernel[1] : 1, each = segment_dwords();
@@ -93,16 +133,40 @@ void Images::place() {
     }
 }
 
+// What a part of an image spans; parts lie behind each other in either format.
+void Images::span(int64_t image, int64_t slot, int64_t part) const {
+    const int64_t count = of.channels * of.height * of.width, first = count * part / PARTS;
+    grids[slot].parts[part] = kernels.span(of.x() + image * count + first, count * (part + 1) / PARTS - first);
+}
+
+// The grid of an image whose parts are known, as `input_grid` in int8_grid.py has it.
+void Images::settle(int64_t slot) const {
+    Grid& grid = grids[slot];
+    Int8Span all = grid.parts[0];
+    for (const Int8Span& part : grid.parts) {
+        all.low = part.low < all.low ? part.low : all.low;
+        all.high = part.high > all.high ? part.high : all.high;
+    }
+    float step = (all.high - all.low) / 255;
+    if (!(step >= FLT_MIN && step <= FLT_MAX)) step = 1;
+    const float zero = nearbyintf(-all.low / step);
+    grid.rounding = {1 / step, zero < 255 ? int32_t(zero) : 255};
+    for (int64_t o = 0; o < of.outputs; o++) {
+        grid.scale[o] = step * of.scale[o];
+        grid.offset[o] = grid.rounding.zero * of.offset[o];
+    }
+}
+
 // One line of a padded image.
 void Images::round(int64_t image, int64_t slot, int64_t line) const {
     uint8_t* to = bytes + slot * image_bytes() + line * row_bytes();
     const int64_t y = line - of.padding[0], border = of.padding[1] * of.channels;
     if (line == of.height + 2 * of.padding[0] - 1) memset(to + row_bytes(), 0, SLACK);
-    if (y < 0 || y >= of.height) return void(memset(to, of.zero, size_t(row_bytes())));
-    memset(to, of.zero, size_t(border));
-    memset(to + row_bytes() - border, of.zero, size_t(border));
+    const Int8Rounding rounding = this->rounding(slot);
+    if (y < 0 || y >= of.height) return void(memset(to, rounding.zero, size_t(row_bytes())));
+    memset(to, rounding.zero, size_t(border));
+    memset(to + row_bytes() - border, rounding.zero, size_t(border));
     const int64_t plane = of.height * of.width, whole = image * of.channels * plane;
-    const Int8Rounding rounding{of.inverse, of.zero};
     if (of.channels_last)
         kernels.round({of.x() + whole + y * of.width * of.channels, 1, of.channels, of.channels, of.width, to + border},
                       rounding);
@@ -128,8 +192,8 @@ bool Images::compute(int64_t image, int64_t slot, int64_t piece) const {
 void Images::line(int64_t image, int64_t slot, int64_t row, int32_t* sums) const {
     const uint8_t* window = bytes + slot * image_bytes() + row * of.stride[0] * row_bytes();
     float* y = of.y() + (image * of.out_height + row) * of.out_width * of.outputs;
-    kernels.row({window, of.out_width, of.stride[1] * of.channels, places, dwords(), of.weights, end(), of.outputs, y,
-                 sums});
+    kernels.row({window, of.out_width, of.stride[1] * of.channels, places, dwords(), of.weights, end(slot), of.outputs,
+                 y, sums});
 }
 
 void Images::turn(int32_t* sums) const {
@@ -155,7 +219,7 @@ bool Images::pooled_lines(int64_t image, int64_t slot, int64_t top, int64_t bott
                             of.pool_padding[1], of.pooled_width, rows + made % ring * line_count});
         }
         float* to = of.y() + (image * of.pooled_height + y) * of.pooled_width * of.outputs;
-        Int8Down down{{}, last - first, flips, of.pooled_width, lanes(), of.outputs, end(), to};
+        Int8Down down{{}, last - first, flips, of.pooled_width, lanes(), of.outputs, end(slot), to};
         for (int64_t row = first; row < last; row++) down.rows[row - first] = rows + row % ring * line_count;
         kernels.down(down);
     }
@@ -165,8 +229,9 @@ bool Images::pooled_lines(int64_t image, int64_t slot, int64_t top, int64_t bott
 int check(const Images& images) {
     const Layer& of = images.of;
     const int64_t size[2] = {of.height, of.width}, out[2] = {of.out_height, of.out_width};
-    bool fits = of.batch >= 0 && of.channels >= 1 && of.outputs >= 1 && of.call.threads >= 1 && of.zero >= 0 && of.zero < 256;
-    fits = fits && of.channels < LIMIT && of.outputs < LIMIT && of.inverse > 0;
+    bool fits = of.batch >= 0 && of.channels >= 1 && of.outputs >= 1 && of.call.threads >= 1 && of.zero >= 0;
+    fits = fits && of.zero < 256 && of.channels < LIMIT && of.outputs < LIMIT;
+    fits = fits && (of.inverse > 0 || (images.own_grids() && of.zero == 1));
     for (int i = 0; i < 2 && fits; i++) {
         fits = size[i] >= 0 && size[i] < LIMIT && of.padding[i] >= 0 && of.padding[i] < LIMIT && of.stride[i] >= 1 &&
                of.dilation[i] >= 1 && of.dilation[i] < LIMIT && of.kernel[i] >= 1 && of.kernel[i] < LIMIT;
@@ -190,19 +255,21 @@ int check(const Images& images) {
 }
 
 int run(const Layer& of) {
-    Images images{of, kernels_for(of.call.isa), nullptr, nullptr, nullptr};
+    Images images{of, kernels_for(of.call.isa), nullptr, nullptr, nullptr, nullptr};
     const int status = check(images);
     if (status || !of.batch) return status;
-    const int64_t together = most(1, least(of.batch, IMAGES_BYTES / images.image_bytes()));
-    images.bytes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * images.image_bytes())));
-    images.places = static_cast<int64_t*>(scratch(SLOT_CONV_INDEX, size_t(images.dwords() * 8 + images.lanes() * 4)));
-    if (!images.bytes || !images.places) return fail(NO_MEMORY, "No memory for the rounded images of an 8-bit layer");
-    images.flips = reinterpret_cast<int32_t*>(images.places + images.dwords());
+    const int64_t each = images.image_bytes() + images.grid_bytes();
+    const int64_t together = most(1, least(of.batch, IMAGES_BYTES / each));
+    if (!images.reserve(together)) return fail(NO_MEMORY, "No memory for the rounded images of an 8-bit layer");
     images.place();
     bool failed = false;
     const int64_t lines = of.height + 2 * of.padding[0], pieces = images.pieces();
     for (int64_t first = 0; first < of.batch; first += together) {
         const int64_t count = least(together, of.batch - first);
+        if (images.own_grids())
+            parallel_for(of.call.threads, count * PARTS,
+                         [&](int64_t task) { images.span(first + task / PARTS, task / PARTS, task % PARTS); });
+        for (int64_t slot = 0; slot < count && images.own_grids(); slot++) images.settle(slot);
         parallel_for(of.call.threads, count * lines,
                      [&](int64_t task) { images.round(first + task / lines, task / lines, task % lines); });
         parallel_for(of.call.threads, count * pieces, [&](int64_t task) {

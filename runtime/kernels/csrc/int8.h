@@ -1,8 +1,9 @@
 // Convolutions of 8-bit weights on 8-bit inputs, float32 in and out: what their kernels share.
 //
-// An image is rounded once, with its padding around it, to bytes q = round(x / step) + zero, channels-last. The window of
-// an output is then a few runs of bytes that lie side by side (`segments`: the rows of the kernel, or its taps where it is
-// dilated), which are read four bytes at a time: the weights of what is read beyond a run are zero.
+// An image is rounded once, with its padding around it, to bytes q = round(x / step) + zero, channels-last; step and
+// zero belong to the layer, or to each image by what its numbers span. The window of an output is then a few runs of
+// bytes that lie side by side (`segments`: the rows of the kernel, or its taps where it is dilated), which are read
+// four bytes at a time: the weights of what is read beyond a run are zero.
 #pragma once
 
 #include "common.h"
@@ -21,6 +22,11 @@ struct Int8Rounding {
     int32_t zero;   // the byte of 0
     float low() const { return float(-zero); }
     float high() const { return float(255 - zero); }
+};
+
+// Least and largest number of a part of an image, 0 among them; what is not finite counts as 0.
+struct Int8Span {
+    float low, high;
 };
 
 // One row of `width` pixels, from float32 whose channels and pixels are so many floats apart, to bytes side by side.
@@ -76,6 +82,7 @@ struct Int8Down {
 };
 
 struct Int8Kernels {
+    Int8Span (*span)(const float* x, int64_t count);
     void (*round)(const Int8Pixels& pixels, const Int8Rounding& rounding);
     void (*row)(const Int8Row& row);
     void (*across)(const Int8Across& pool);

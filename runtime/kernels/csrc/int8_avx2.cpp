@@ -35,6 +35,6 @@ void row(const Int8Row& of) {
 
 }  // namespace
 
-const Int8Kernels int8_avx2 = {round_plain, row, across_plain, down_plain};
+const Int8Kernels int8_avx2 = {span_plain, round_plain, row, across_plain, down_plain};
 
 }  // namespace fx

@@ -17,6 +17,30 @@ FX_INLINE __m512i rounded16(__m512 x, const Int8Rounding& at) {
 
 FX_INLINE __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1 << count) - 1); }
 
+Int8Span span(const float* x, int64_t count) {
+    constexpr int SIDE = 4;
+    const __m512 largest = _mm512_set1_ps(FLT_MAX);
+    __m512 low[SIDE], high[SIDE];
+    FX_UNROLL
+    for (int j = 0; j < SIDE; j++) low[j] = high[j] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += 16 * SIDE) {
+        FX_UNROLL
+        for (int j = 0; j < SIDE; j++) {
+            const int64_t left = count - i - 16 * j;
+            const __m512 value = _mm512_maskz_loadu_ps(left > 0 ? first16(left) : 0, x + i + 16 * j);
+            const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(value), largest, _CMP_LE_OQ);
+            low[j] = _mm512_mask_min_ps(low[j], finite, low[j], value);
+            high[j] = _mm512_mask_max_ps(high[j], finite, high[j], value);
+        }
+    }
+    FX_UNROLL
+    for (int j = 1; j < SIDE; j++) {
+        low[0] = _mm512_min_ps(low[0], low[j]);
+        high[0] = _mm512_max_ps(high[0], high[j]);
+    }
+    return {_mm512_reduce_min_ps(low[0]), _mm512_reduce_max_ps(high[0])};
+}
+
 // Up to four planes of channels: 16 pixels become 16 lanes of four bytes, of which the first `channels` are kept.
 void round_planes(const Int8Pixels& of, const Int8Rounding& at) {
     alignas(64) uint8_t places[64] = {};
@@ -180,6 +204,6 @@ void down(const Int8Down& of) {
 
 }  // namespace
 
-const Int8Kernels int8_avx512 = {round_row, row, across, down};
+const Int8Kernels int8_avx512 = {span, round_row, row, across, down};
 
 }  // namespace fx

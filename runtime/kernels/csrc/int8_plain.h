@@ -1,6 +1,7 @@
 // The inner loops of int8.h in plain C++: the code to read first.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "int8.h"
@@ -13,6 +14,22 @@ FX_INLINE uint8_t rounded(float x, const Int8Rounding& at) {
     value = value != value ? 0 : value;
     value = value < at.low() ? at.low() : value > at.high() ? at.high() : value;
     return uint8_t(int32_t(nearbyintf(value)) + at.zero);
+}
+
+inline Int8Span span_plain(const float* x, int64_t count) {
+    constexpr int64_t SIDE = 32;  // by side, which compilers make vectors of
+    float low[SIDE] = {}, high[SIDE] = {};
+    for (int64_t i = 0; i < count; i += SIDE)
+        for (int64_t j = 0; j < least(SIDE, count - i); j++) {
+            const float value = fabsf(x[i + j]) <= FLT_MAX ? x[i + j] : 0;
+            low[j] = value < low[j] ? value : low[j];
+            high[j] = value > high[j] ? value : high[j];
+        }
+    for (int64_t j = 1; j < SIDE; j++) {
+        low[0] = low[j] < low[0] ? low[j] : low[0];
+        high[0] = high[j] > high[0] ? high[j] : high[0];
+    }
+    return {low[0], high[0]};
 }
 
 inline void round_plain(const Int8Pixels& of, const Int8Rounding& at) {

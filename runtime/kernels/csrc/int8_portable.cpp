@@ -20,6 +20,6 @@ void row(const Int8Row& of) {
 
 }  // namespace
 
-const Int8Kernels int8_portable = {round_plain, row, across_plain, down_plain};
+const Int8Kernels int8_portable = {span_plain, round_plain, row, across_plain, down_plain};
 
 }  // namespace fx

@@ -198,6 +198,107 @@ def test_batch_norm_behind_a_quantised_layer_stays(graph: Graph) -> None:
     assert any(isinstance(graph.layer(node), nn.BatchNorm2d) for node in graph.nodes)
 
 
+def timed_8_bits(monkeypatch: pytest.MonkeyPatch, table: float, rounded: float) -> None:
+    """Times of our own: ratios of tables and of decoded weights of 8 bits."""
+
+    def latency(candidate: Any, reference: Any, x: Tensor, **options: Any) -> Latency:
+        values: dict[str, Any] = dict.fromkeys(Latency.__dataclass_fields__, 1.0)
+        return Latency(**{**values, "ratio": {"table": table, "dense-int8": rounded}[candidate.kernel]})
+
+    monkeypatch.setattr(kernels, "latency_ratio", latency)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_decoded_weights_of_8_bits_where_they_are_faster(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, compiled_kernels: None, layout: str, tmp_path: Any
+) -> None:
+    timed_8_bits(monkeypatch, 0.5, 0.25)
+    x, before = torch.randn(2, 3, 8, 8), run(graph)
+    result = emit(graph, tables="int8", layout=layout)
+    assert chosen(graph) == {
+        "conv1": ("dense-int8", "fp32"),
+        "conv2": ("dense-int8", "fp32"),
+        "fc": ("table", "int8"),
+    }
+    assert "1 quantised layer of 3 by int8 table in 0.50 of the dense time" in result.notes
+    noted = "2 quantised layers by decoded weights of 8 bits (conv1, conv2) in 0.25 of the dense time"
+    assert noted in result.notes
+    known = result.metrics["kernels"]["conv1"]
+    assert known["kernel"] == "dense-int8"
+    assert known["reason"] == "table takes 0.5 of the dense time, the decoded weight of 8 bits 0.25"
+    assert (known["ratio"], known["int8_ratio"], known["int8_ms"]) == (0.5, 0.25, 1.0)
+    assert 1e-6 < known["int8_distance"] <= known["distance"]
+    assert "tables" not in known
+    assert "int8_ms" not in result.metrics["kernels"]["fc"]
+    moved = distance(before, run(graph))
+    assert 1e-6 < moved < 0.1
+    assert result.distance == pytest.approx(moved)
+    fxpress.compile(graph, [], x, verify=False).save(tmp_path / "net.fxp")
+    loaded = fxpress.load(tmp_path / "net.fxp")
+    assert chosen(loaded.graph) == chosen(graph)
+    with torch.inference_mode():
+        expected = graph(x)
+        assert torch.equal(loaded(x), expected)
+        assert torch.equal(torch.export.export(graph.module, (x,)).module()(x), expected)
+    again = emit(loaded.graph, tables="int8", layout=layout)
+    assert again.metrics["kernels"]["conv2"]["kernel"] == "dense-int8"
+    graph.module.train()
+    graph.module(x).sum().backward()
+    assert graph.tensor("conv1.codebook").grad is not None
+
+
+@pytest.mark.parametrize(
+    ("table", "rounded", "kernel"),
+    [(0.5, 0.6, "table"), (1.5, 1.2, "dense"), (1.5, 0.5, "dense-int8"), (0.5, 1.2, "table")],
+)
+def test_the_fastest_of_three(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, compiled_kernels: None, table: float, rounded: float, kernel: str
+) -> None:
+    timed_8_bits(monkeypatch, table, rounded)
+    result = emit(graph, tables="int8", layout="contiguous")
+    assert chosen(graph)["conv1"][0] == kernel
+    assert result.metrics["kernels"]["conv1"]["int8_ratio"] == rounded
+
+
+@pytest.mark.parametrize("table", [0.5, 1.5])
+def test_8_bits_must_be_as_close_as_the_tables(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, compiled_kernels: None, table: float
+) -> None:
+    timed_8_bits(monkeypatch, table, 0.25)
+    monkeypatch.setattr(kernels, "_is_closer", lambda found: found.layer == "conv2")
+    result = emit(graph, tables="int8", layout="contiguous")
+    known = result.metrics["kernels"]["conv1"]
+    assert known["kernel"] == chosen(graph)["conv1"][0] == ("table" if table < 1 else "dense")
+    assert known["reason"].endswith("that of 8 bits is faster and moves the outputs further than the table")
+    assert chosen(graph)["conv2"][0] == "dense-int8"
+
+
+@pytest.mark.parametrize("tables", ["fp32", "int16"])
+def test_8_bits_are_for_those_who_ask_for_them(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch, compiled_kernels: None, tables: str
+) -> None:
+    timed_8_bits(monkeypatch, 0.5, 0.25)
+    emit(graph, tables=tables, layout="contiguous")
+    assert set(chosen(graph).values()) == {("table", tables)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_relus_and_pools_become_parts_of_weights_of_8_bits(
+    layout: str, monkeypatch: pytest.MonkeyPatch, compiled_kernels: None
+) -> None:
+    timed_8_bits(monkeypatch, 0.5, 0.25)
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 17, 13)
+    graph = quantised(Rectified(), x, ("first", "fourth", "fc"))
+    expected, costs = graph(x), measure_cost(graph).macs
+    emit(graph, tables="int8", layout=layout)
+    first, fourth = (submodule(graph.module, name) for name in ("first", "fourth"))
+    assert first.kernel == fourth.kernel == "dense-int8"
+    assert (first.pool, fourth.pool) == ((3, 3, 2, 2, 0, 0), (3, 2, 3, 2, 1, 0))
+    assert distance(graph(x), expected) < 0.1
+    assert measure_cost(graph).macs > costs
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("kernel", ["dense", "table"])
 def test_still_trains_exports_and_compiles(graph: Graph, kernel: str, layout: str) -> None:

@@ -32,6 +32,24 @@ def expected(
     return torch.from_numpy(y)
 
 
+def expected_of_images(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, inverse: float, zero: int, **geometry: Any
+) -> Tensor:
+    """The same where each image is rounded to 256 levels of what it spans, zero among them."""
+    assert (inverse, zero) == (0.0, 1)
+    found = [expected(x[:0], weight, scale, bias, 1.0, 0, **geometry)]
+    for image in x.numpy():
+        finite = np.append(image[np.isfinite(image)], np.float32(0))
+        with np.errstate(over="ignore"):
+            step = (finite.max() - finite.min()) / np.float32(255)
+        step = step if np.finfo(np.float32).tiny <= step < np.inf else np.float32(1)
+        byte = min(int(np.rint(-finite.min() / step)), 255)
+        steps = torch.from_numpy(np.asarray(step)) * scale
+        one = torch.from_numpy(image)[None]
+        found.append(expected(one, weight, steps, bias, float(np.float32(1) / step), byte, **geometry))
+    return torch.cat(found)
+
+
 @st.composite
 def convolutions(draw: Any) -> dict[str, Any]:
     kernel = [draw(st.integers(1, 5)), draw(st.integers(1, 5))]
@@ -42,7 +60,7 @@ def convolutions(draw: Any) -> dict[str, Any]:
         "batch": draw(st.integers(0, 3)), "channels": draw(st.integers(1, 9)), "outputs": draw(st.integers(1, 80)),
         "size": [least[0] + draw(st.integers(0, 6)), least[1] + draw(st.integers(0, 20))],
         "kernel": kernel, "stride": [draw(st.integers(1, 3)), draw(st.integers(1, 3))], "padding": padding,
-        "dilation": dilation, "zero": draw(st.sampled_from([0, 3, 128, 255])), "last": draw(st.booleans()),
+        "dilation": dilation, "zero": draw(st.sampled_from([0, 3, 128, 255, None])), "last": draw(st.booleans()),
         "bias": draw(st.booleans()), "relu": draw(st.booleans()), "threads": draw(st.integers(1, 2)),
         "pool": draw(st.none() | pools()), "seed": draw(st.integers(0, 2**31)),
     }  # fmt: skip
@@ -76,18 +94,20 @@ def test_convolutions_on_every_instruction_set(case: dict[str, Any]) -> None:
     if pool and min(sums_size(case)[i] + 2 * pool[4 + i] - pool[i] for i in range(2)) < 0:
         pool = []
     geometry = {name: case[name] for name in ("stride", "padding", "dilation")}
-    wanted = expected(x, weight, scale, bias, 40.0, case["zero"], **geometry)
+    inverse, zero = (0.0, 1) if case["zero"] is None else (40.0, case["zero"])
+    of = expected_of_images if case["zero"] is None else expected
+    wanted = of(x, weight, scale, bias, inverse, zero, **geometry)
     if pool:
         wanted = F.max_pool2d(wanted, pool[:2], pool[2:4], pool[4:])
     wanted = wanted.relu() if case["relu"] else wanted
-    layout, offset = kernels.prepare_int8(weight, case["zero"], case["dilation"][1])
+    layout, offset = kernels.prepare_int8(weight, zero, case["dilation"][1])
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
     try:
         for isa in kernels.isas():
             with kernels.using(isa):
                 y = ops.int8_conv2d(
-                    x, layout, offset, scale, bias, 40.0, case["zero"], case["outputs"], case["kernel"],
+                    x, layout, offset, scale, bias, inverse, zero, case["outputs"], case["kernel"],
                     *geometry.values(), pool, case["relu"],
                 )  # fmt: skip
             assert y.shape == wanted.shape
@@ -107,6 +127,26 @@ def test_linear_on_every_instruction_set(shape: tuple[int, ...], outputs: int) -
     for isa in kernels.isas():
         with kernels.using(isa):
             assert torch.equal(ops.int8_linear(x, layout, offset, scale, bias, 60.0, 100, outputs, False), wanted)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 9.0], [-9.0, -5.0], [1e-40, -1e-41], [3e38, -3e38]])
+def test_an_image_may_span_anything(values: list[float]) -> None:
+    x = torch.tensor(values).repeat(2, 1, 3, 4)
+    x[1] = 1
+    weight = torch.tensor([[[[3]]], [[[-5]]]], dtype=torch.int8)
+    layout, offset = kernels.prepare_int8(weight, 1)
+    sizes: Any = (2, [1, 1], [1, 1], [0, 0], [1, 1], [], False)
+    geometry = {"stride": 1, "padding": 0, "dilation": 1}
+    wanted = expected_of_images(x, weight, torch.ones(2), None, 0.0, 1, **geometry)
+    for isa in kernels.isas():
+        with kernels.using(isa):
+            assert torch.equal(ops.int8_conv2d(x, layout, offset, torch.ones(2), None, 0.0, 1, *sizes), wanted), isa
+
+
+def test_a_linear_layer_has_one_grid() -> None:
+    layout, offset = kernels.prepare_int8(torch.ones(4, 6, dtype=torch.int8), 1)
+    with pytest.raises(KernelError, match="out of range"):
+        ops.int8_linear(torch.randn(5, 6), layout, offset, torch.ones(4), None, 0.0, 1, 4, True)
 
 
 def test_the_fake_kernels_know_shape_and_layout() -> None:
@@ -143,6 +183,7 @@ def call(**changes: Any) -> Tensor:
         ({"bias": torch.ones(4).double()}, "bias is"),
         ({"zero": 256}, "out of range"),
         ({"inverse": 0.0}, "out of range"),
+        ({"inverse": 0.0, "zero": 2}, "out of range"),
         ({"stride": [0, 1]}, "out of range"),
         ({"weights": torch.zeros(4)}, "1-D int8"),
         ({"pool": [3, 3]}, "six numbers"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fxpress.ir import dialect
+from fxpress.ir.verify import distance
 from fxpress.runtime.layers import PQConv2d, PQLayer, PQLinear
 from fxpress.runtime.layers.pq_codebook import as_stored, bits
 from hypothesis import given
@@ -146,6 +147,7 @@ def test_is_rebuilt_from_its_configuration() -> None:
         PQLinear(10, 7, False, **options, relu=True),
         PQConv2d(12, 20, (3, 1), 2, "valid", 2, 2, True, **options),
         PQConv2d(12, 20, 3, relu=True, pool=(3, 2, 2, 2, 1, 0), channels_last=True, **options),
+        PQConv2d(12, 20, 3, **{**options, "kernel": "dense-int8"}),
     ):
         config = dialect.config(layer)
         twin = dialect.build(type(layer).__name__, config)
@@ -180,6 +182,47 @@ def test_relu_and_pool_are_those_of_torch(kernel: Any) -> None:
         rectified = head.eval()(inputs)
         head.relu = False
         assert not torch.equal(head(inputs), rectified), "what was prepared is not kept"
+
+
+@given(convolutions(), st.booleans(), st.booleans())
+def test_decoded_weights_of_8_bits(case: tuple[PQConv2d, Tensor], last: bool, asked: bool) -> None:
+    """Weights are rounded for each output, each image by itself; outputs lie as those of the other kernels."""
+    layer, x = case[0].eval().requires_grad_(False), case[1] - 0.3
+    if layer.groups > 1:
+        return
+    layer.channels_last, layer.kernel = asked, "dense-int8"
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight = layer.decoded()
+    steps = (weight.flatten(1).abs().amax(1) / 127).view(-1, 1, 1, 1)
+    weight = (weight / steps).round() * steps
+    images = []
+    for image in x:
+        low, high = image.min().clamp(max=0), image.max().clamp(min=0)
+        step = (high - low) / 255
+        zero = torch.round(-low / step)
+        images.append(((image * step.reciprocal()).round().clamp(-zero, 255 - zero)) * step)
+    y = layer(x)
+    if images:
+        images = torch.stack(images)
+        expected = F.conv2d(images, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+        assert torch.allclose(y, expected, atol=1e-4)
+        assert torch.allclose(layer(x[0]), expected[0], atol=1e-4)
+    form = torch.channels_last if asked or not x.is_contiguous() else torch.contiguous_format
+    assert y.is_contiguous(memory_format=form)
+
+
+def test_a_large_layer_of_8_bits_is_close() -> None:
+    torch.manual_seed(0)
+    layer = PQConv2d(3, 64, 11, stride=4, padding=2, subspace=3, codewords=128).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 96, 80)
+    expected = layer(x)
+    layer.relu, layer.pool, layer.kernel = True, (3, 3, 2, 2, 0, 0), "dense-int8"
+    y = layer(x)
+    assert y.shape == (2, 64, 11, 9)
+    assert distance(F.max_pool2d(expected.relu(), 3, 2), y) < 0.02
+    with torch.no_grad():
+        layer.codebook.mul_(2)
+        assert distance(2 * (y - layer.bias.view(-1, 1, 1)), layer(x) - layer.bias.view(-1, 1, 1)) < 0.02
 
 
 def test_copies() -> None:
@@ -229,6 +272,25 @@ def test_dense_weights_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     y = layer(x)
     monkeypatch.setattr(layer, "decoded", lambda: pytest.fail("decoded again"))
     assert torch.equal(layer(x), y)
+
+
+def test_convolutions_of_8_bits_export_and_learn() -> None:
+    options: dict[str, Any] = {"subspace": 2, "codewords": 16, "kernel": "dense-int8", "relu": True}
+    layer, x = PQConv2d(6, 8, 3, padding="same", pool=(2, 2, 2, 2, 0, 0), **options).eval(), torch.randn(2, 6, 7, 7)
+    layer.prepare()
+    y = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+        exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert "fxpress.int8_conv2d.default" in {str(node.target) for node in exported.graph.nodes}
+        assert torch.equal(exported.module()(x), y)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), y)
+    found = torch.autograd.grad(y.sum(), layer.codebook)[0]
+    wanted = torch.autograd.grad(layer._weighted(x, layer.decoded()).sum(), layer.codebook)[0]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    other = copy.deepcopy(layer).double()
+    assert torch.allclose(other(x.double()), other._weighted(x.double(), other.decoded()))
 
 
 @pytest.mark.parametrize("kernel", ["dense", "table"])
@@ -343,6 +405,19 @@ WRONG: dict[str, tuple[Any, str]] = {
     "kernel": (lambda: PQLinear(8, 4, subspace=2, codewords=4, kernel="fast"), "kernel is 'fast'"),
     "tables": (lambda: PQLinear(8, 4, subspace=2, codewords=4, tables="fp16"), "tables is 'fp16'"),
     "depthwise": (lambda: PQConv2d(8, 16, 3, groups=8, subspace=1, codewords=4), "a depthwise convolution"),
+    "linear": (lambda: PQLinear(8, 4, subspace=2, codewords=4, kernel="dense-int8"), "which is of convolutions"),
+    "8 bits in groups": (
+        lambda: PQConv2d(8, 8, 3, groups=2, subspace=2, codewords=4, kernel="dense-int8"),
+        "kernel is 'dense-int8'; there are 2 groups",
+    ),
+    "8 bits of many weights": (
+        lambda: PQConv2d(8192, 1, 3, subspace=8192, codewords=2, kernel="dense-int8"),
+        "an output has 73728 weights",
+    ),
+    "8 bits and a large pool": (
+        lambda: PQConv2d(8, 8, 3, subspace=2, codewords=4, kernel="dense-int8", relu=True, pool=(17, 1, 1, 1, 0, 0)),
+        "the pool is",
+    ),
     "groups": (lambda: PQConv2d(8, 9, 3, groups=2, subspace=1, codewords=4), "do not make 2 groups"),
     "padding": (lambda: PQConv2d(8, 8, 3, padding="all", subspace=1, codewords=4), "padding is 'all'"),
     "pool": (lambda: PQConv2d(8, 8, 3, subspace=1, codewords=4, relu=True, pool=(2, 2, 2, 2, 2, 0)), "pool is"),
