@@ -1,16 +1,16 @@
 // Convolution by tables: activations -> codes. A code is the levels of three channels, two bits each.
+#include <cstring>
+#include <utility>
+
 #include "binary_table_avx512.h"
 
 namespace fx {
 namespace table {
 namespace {
 
-constexpr int64_t RUN = 1024;  // pixels of a plane that are quantised at a time: every channel is a stream for the memory
-
 // Levels of 16 values by the edges of one channel, or of 16.
 struct Quantizer {
     __m512 edge[3], flip;
-    __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), three = _mm512_set1_epi32(3);
 
     Quantizer(const BinaryEdges& from, int64_t channel) : flip(_mm512_setzero_ps()) {
         for (int i = 0; i < 3; i++) edge[i] = _mm512_set1_ps(from.edges[from.step ? i * from.step + channel : i]);
@@ -22,54 +22,149 @@ struct Quantizer {
                                 : _mm512_set1_ps(from.edges[i]);
         if (from.step) flip = _mm512_maskz_loadu_ps(mask, from.flip + channel);
     }
-    // in 32-bit lanes
+    // `sum` + `unit` times the level, in 32-bit lanes; FLIPS: whether the sign of any channel changes
+    template <bool FLIPS>
+    FX_INLINE __m512i add(__m512i sum, __m512i unit, __m512 x) const {
+        if (FLIPS) x = _mm512_xor_ps(x, flip);
+        FX_UNROLL
+        for (int i = 0; i < 3; i++)
+            sum = _mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(x, edge[i], _CMP_GT_OQ), sum, unit);
+        return sum;
+    }
     FX_INLINE __m512i level(__m512 x) const {
-        x = _mm512_xor_ps(x, flip);
-        __m512i found = _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(x, edge[0], _CMP_GT_OQ), one);
-        found = _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, edge[1], _CMP_GT_OQ), two);
-        return _mm512_mask_mov_epi32(found, _mm512_cmp_ps_mask(x, edge[2], _CMP_GT_OQ), three);
+        return add<true>(_mm512_setzero_si512(), _mm512_set1_epi32(1), x);
     }
 };
 
 FX_INLINE __mmask64 first_of(int64_t count) { return count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1; }
 
-// -- x is (N, C, H, W) -------------------------------------------------------------------------------------------------
+// -- x is (N, C, H, W) ------------------------------------------------------------------------------------------------
 
-// `count` pixels of the code of CHANNELS channels from `channel` on, `step` apart.
-template <int CHANNELS>
-void plane_of_codes(const Job& job, const float* x, int64_t channel, int64_t step, int64_t count, uint8_t* codes) {
-    const BinaryEdges& edges = job.call.edges;
-    const Quantizer one(edges, channel), two(edges, channel + (CHANNELS > 1 ? step : 0)),
-        three(edges, channel + (CHANNELS > 2 ? 2 * step : 0));
-    const int64_t next = step * job.call.pixels();
-    for (int64_t p = 0; p < count; p += 16) {
-        const __mmask16 mask = __mmask16(first_of(least(16, count - p)));
-        __m512i code = one.level(_mm512_maskz_loadu_ps(mask, x + p));
-        if (CHANNELS > 1)
-            code = _mm512_or_si512(code, _mm512_slli_epi32(two.level(_mm512_maskz_loadu_ps(mask, x + next + p)), 2));
-        if (CHANNELS > 2)
-            code =
-                _mm512_or_si512(code, _mm512_slli_epi32(three.level(_mm512_maskz_loadu_ps(mask, x + 2 * next + p)), 4));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + p), _mm512_cvtepi32_epi8(code));
+// Codes that lie side by side: code i is made of x[i], x[i + next] and x[i + 2 next].
+struct Run {
+    const float* x;
+    int64_t next, count;
+    uint8_t* codes;
+};
+
+// The values of channel k of 64 codes, 16 at a time; of fewer codes, 0 for those that are not there.
+struct Whole {
+    const float* x;
+    int64_t next;
+    FX_INLINE __m512 operator()(int k, int i) const { return _mm512_loadu_ps(x + k * next + 16 * i); }
+};
+struct Part : Whole {
+    __mmask64 there;
+    FX_INLINE __m512 operator()(int k, int i) const {
+        return _mm512_maskz_loadu_ps(__mmask16(there >> 16 * i), x + k * next + 16 * i);
     }
+};
+
+// 64 codes of CHANNELS channels, whatever their edges are.
+template <int CHANNELS, bool FLIPS>
+struct AnyEdges {
+    Quantizer of[CHANNELS];
+
+    // of `channel` and those `step` apart
+    AnyEdges(const BinaryEdges& edges, int64_t channel, int64_t step)
+        : AnyEdges(edges, channel, step, std::make_integer_sequence<int, CHANNELS>()) {}
+    template <class Load>
+    FX_INLINE __m512i operator()(Load load) const {
+        __m128i found[4];
+        FX_UNROLL
+        for (int i = 0; i < 4; i++) {
+            __m512i code = _mm512_setzero_si512();
+            FX_UNROLL
+            for (int k = 0; k < CHANNELS; k++)
+                code = of[k].template add<FLIPS>(code, _mm512_set1_epi32(1 << 2 * k), load(k, i));
+            found[i] = _mm512_cvtepi32_epi8(code);
+        }
+        const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(found[0]), found[1], 1);
+        const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(found[2]), found[3], 1);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+
+private:
+    template <int... K>
+    AnyEdges(const BinaryEdges& edges, int64_t channel, int64_t step, std::integer_sequence<int, K...>)
+        : of{Quantizer(edges, channel + K * step)...} {}
+};
+
+// The same for one set of edges that are not negative, without masks, of which a cycle makes but one. Floats that are
+// not negative are ordered as integers; the sign of a difference outlives saturation, and two bits of a level are the
+// signs of one difference and of all three.
+template <int CHANNELS>
+struct PositiveEdges {
+    __m512i edge[3];
+
+    explicit PositiveEdges(const BinaryEdges& from) {
+        for (int i = 0; i < 3; i++) edge[i] = _mm512_castps_si512(_mm512_set1_ps(from.edges[i] + 0.0f));  // -0 -> 0
+    }
+    template <class Load>
+    FX_INLINE __m512i operator()(Load load) const {
+        __m512i code = _mm512_setzero_si512();
+        FX_UNROLL
+        for (int k = 0; k < CHANNELS; k++) {
+            __m512i x[4];
+            FX_UNROLL
+            for (int i = 0; i < 4; i++)  // NaN -> 0
+                x[i] = _mm512_castps_si512(_mm512_max_ps(load(k, i), _mm512_setzero_ps()));
+            const __m512i one = exceeds(x, 0), two = exceeds(x, 1), three = exceeds(x, 2);
+            code = with_bit(code, _mm512_ternarylogic_epi32(one, two, three, 0x96), 2 * k);
+            code = with_bit(code, two, 2 * k + 1);
+        }
+        return _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), code);
+    }
+
+private:
+    // in the sign of each byte; four bytes of each of x in turn
+    FX_INLINE __m512i exceeds(const __m512i (&x)[4], int i) const {
+        const __m512i low = _mm512_packs_epi32(_mm512_sub_epi32(edge[i], x[0]), _mm512_sub_epi32(edge[i], x[1]));
+        const __m512i high = _mm512_packs_epi32(_mm512_sub_epi32(edge[i], x[2]), _mm512_sub_epi32(edge[i], x[3]));
+        return _mm512_packs_epi16(low, high);
+    }
+    static FX_INLINE __m512i with_bit(__m512i code, __m512i signs, int bit) {
+        return _mm512_ternarylogic_epi32(code, _mm512_srli_epi16(signs, unsigned(7 - bit)),
+                                         _mm512_set1_epi8(char(1 << bit)), 0xf8);
+    }
+};
+
+template <class Quantise>
+void fill(const Run& run, const Quantise& quantise) {
+    int64_t p = 0;
+    for (; p + 64 <= run.count; p += 64) _mm512_storeu_si512(run.codes + p, quantise(Whole{run.x + p, run.next}));
+    const __mmask64 rest = first_of(run.count - p);
+    if (rest) _mm512_mask_storeu_epi8(run.codes + p, rest, quantise(Part{{run.x + p, run.next}, rest}));
 }
 
-// The codes of half a group, of `count` pixels from pixel p on.
-void plane_of(const Job& job, int64_t image, int64_t half, int64_t group, int64_t p, int64_t count) {
+template <int CHANNELS>
+void fill_channels(const Job& job, const Run& of, int64_t channel) {
+    const BinaryEdges& edges = job.call.edges;
+    if (edges.step) fill(of, AnyEdges<CHANNELS, true>(edges, channel, job.groups));
+    else if (edges.edges[0] >= 0) fill(of, PositiveEdges<CHANNELS>(edges));
+    else fill(of, AnyEdges<CHANNELS, false>(edges, channel, job.groups));
+}
+
+// Codes of half a group and of the groups after it, as many as lie side by side; returns the group behind them.
+int64_t fill_half(const Job& job, int64_t image, int64_t half, int64_t group, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
     const int64_t channel = 3 * half * job.groups + group, pixels = call.pixels();
-    // channels of the code that there are
-    const int64_t left = call.channels <= channel ? 0 : ceil_div(call.channels - channel, job.groups);
-    const float* x = static_cast<const float*>(call.x) + ((job.first + image) * call.channels + channel) * pixels + p;
-    uint8_t* codes = job.codes_of(image) + (half * job.groups + group) * job.plane + p;
-    switch (left) {
-        case 0:
-            for (int64_t i = 0; i < count; i += 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), __m128i());
-            break;
-        case 1: plane_of_codes<1>(job, x, channel, job.groups, count, codes); break;
-        case 2: plane_of_codes<2>(job, x, channel, job.groups, count, codes); break;
-        default: plane_of_codes<3>(job, x, channel, job.groups, count, codes);
+    // channels of the code that there are, and how many groups have as many
+    const int64_t there = most(0, least(3, ceil_div(call.channels - channel, job.groups)));
+    int64_t alike = job.groups - group;
+    if (there) alike = least(alike, call.channels - channel - (there - 1) * job.groups);
+    if (call.edges.step || begin > 0 || end < pixels) alike = 1;
+    const Run run{static_cast<const float*>(call.x) + ((job.first + image) * call.channels + channel) * pixels + begin,
+                  job.groups * pixels, (alike - 1) * pixels + end - begin,
+                  job.codes_of(image) + (half * job.groups + group) * job.code_step() + begin};
+    switch (there) {
+        case 0: memset(run.codes, 0, size_t(run.count)); break;
+        case 1: fill_channels<1>(job, run, channel); break;
+        case 2: fill_channels<2>(job, run, channel); break;
+        default: fill_channels<3>(job, run, channel);
     }
+    return group + alike;
 }
 
 struct CodeTotals {
@@ -81,11 +176,9 @@ struct CodeTotals {
 
 bool planes(const Job& job, int64_t image, int64_t begin, int64_t end) {
     static const CodeTotals of_code;
-    const int64_t count = 2 * job.groups, last = least(end, job.call.pixels());
-    for (int64_t p = begin; p < last; p += RUN)
-        for (int64_t half = 0; half < 2; half++)
-            for (int64_t group = 0; group < job.groups; group++)
-                plane_of(job, image, half, group, p, least(RUN, last - p));
+    const int64_t count = 2 * job.groups;
+    for (int64_t half = 0; half < 2; half++)
+        for (int64_t group = 0; group < job.groups;) group = fill_half(job, image, half, group, begin, end);
     const __m512i total = _mm512_load_si512(of_code.total);
     const uint8_t* codes = job.codes_of(image);
     int16_t* totals = job.totals_of(image);
@@ -95,7 +188,7 @@ bool planes(const Job& job, int64_t image, int64_t begin, int64_t end) {
             __m512i bytes = _mm512_setzero_si512();
             for (const int64_t stop = least(count, i + 28); i < stop; i++)  // 28 times 9 fit a byte
                 bytes = _mm512_add_epi8(
-                    bytes, _mm512_permutexvar_epi8(_mm512_loadu_si512(codes + i * job.plane + p), total));
+                    bytes, _mm512_permutexvar_epi8(_mm512_loadu_si512(codes + i * job.code_step() + p), total));
             low = _mm512_add_epi16(low, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(bytes)));
             high = _mm512_add_epi16(high, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(bytes, 1)));
         }
@@ -196,7 +289,6 @@ FX_INLINE void store_totals(uint64_t sums, int16_t* totals, int64_t count) {
 bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
     int16_t* totals = job.totals_of(image);
-    const int64_t last = least(end, call.pixels());
     // levels are read in other pieces than they are written in: some pixels later, when they have left the store buffer
     constexpr int64_t FEW = 8;
     const int64_t level_step = call.levels_in ? call.channels : call.channels + 64;
@@ -207,11 +299,11 @@ bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     }
     // the codes behind the last pixel may be another thread's
     uint8_t* codes = job.codes_of(image) + begin * job.pixel_step();
-    const uint8_t* const stop = codes + (last - begin) * job.pixel_step();
+    const uint8_t* const stop = codes + (end - begin) * job.pixel_step();
     const bool is_narrow = call.channels <= Narrow::MOST_CHANNELS;
-    const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, 0, nullptr, nullptr});
-    for (int64_t p = begin; p < last; p += FEW) {
-        const int64_t count = least(FEW, last - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
+    const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, nullptr, nullptr});
+    for (int64_t p = begin; p < end; p += FEW) {
+        const int64_t count = least(FEW, end - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
         for (int64_t i = 0; found && i < count; i++)
             levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels, found + i * level_step);
         const uint8_t* levels = found ? found : static_cast<const uint8_t*>(call.x) + at;

@@ -324,7 +324,7 @@ struct Split {
         : job(of), pieces(1), bands(1), slices(1), outputs(ceil_div(of.call.layout.outputs, 64)), failed(false) {
         const BinaryCall& call = of.call;
         if (call.threads == 1) return;
-        pieces = ceil_div(of.plane, PIECE);
+        pieces = ceil_div(call.pixels(), PIECE);
         if (of.images >= 2 * call.threads) return;
         if (call.out_height >= 14) bands = least(call.out_height / 7, 2 * call.threads);
         if (bands < call.threads) slices = least(outputs, call.threads);
@@ -333,8 +333,8 @@ struct Split {
 
 void quantise(void* data, int64_t task) {
     Split& of = *static_cast<Split*>(data);
-    const int64_t begin = task % of.pieces * PIECE;
-    if (!find_codes(of.job, task / of.pieces, begin, of.pieces == 1 ? of.job.plane : least(of.job.plane, begin + PIECE)))
+    const int64_t begin = task % of.pieces * PIECE, pixels = of.job.call.pixels();
+    if (!find_codes(of.job, task / of.pieces, begin, of.pieces == 1 ? pixels : least(pixels, begin + PIECE)))
         of.failed = true;
 }
 
@@ -347,12 +347,10 @@ void convolve(void* data, int64_t task) {
 }
 
 int run(const BinaryCall& call) {
-    const int64_t plane = ceil_div(call.pixels(), 64) * 64;
-    Job job{call, six_groups(call.layout), 0, 0, !call.levels_in && !call.channels_last, plane, nullptr,
-            nullptr};
+    Job job{call, six_groups(call.layout), 0, 0, !call.levels_in && !call.channels_last, nullptr, nullptr};
     const int64_t together = most(1, least(call.batch, CODES_BYTES / most(1, job.image_bytes())));
     job.codes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * job.image_bytes())));
-    job.totals = static_cast<int16_t*>(scratch(SLOT_CONV_INDEX, size_t(together * plane) * 2));
+    job.totals = static_cast<int16_t*>(scratch(SLOT_CONV_INDEX, size_t(together * job.image_totals()) * 2));
     if (!job.codes || !job.totals) return fail(NO_MEMORY, "No memory for the levels of a binary convolution");
     for (; job.first < call.batch; job.first += together) {
         job.images = least(together, call.batch - job.first);

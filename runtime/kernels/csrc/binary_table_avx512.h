@@ -22,17 +22,17 @@ struct Job {
     int64_t groups;         // of six channels
     int64_t first, images;  // of the batch
     bool planar;            // x is (N, C, H, W)
-    int64_t plane;          // pixels, rounded up to whole vectors
     // [image]: planes of all pixels [half][group][pixel], or [pixel][half][group]. Half 0 has the levels of the first
     // three channels of a group, two bits each, half 1 those of the other three.
     uint8_t* codes;
     int16_t* totals;  // [image][pixel] sum of all levels
 
     int64_t pixel_step() const { return planar ? 1 : 2 * groups; }
-    int64_t code_step() const { return planar ? plane : 1; }
-    int64_t image_bytes() const { return 2 * groups * plane + 64; }
+    int64_t code_step() const { return planar ? call.pixels() : 1; }
+    int64_t image_bytes() const { return 2 * groups * call.pixels() + 64; }
+    int64_t image_totals() const { return ceil_div(call.pixels(), 64) * 64; }  // written by whole vectors
     uint8_t* codes_of(int64_t image) const { return codes + image * image_bytes(); }
-    int16_t* totals_of(int64_t image) const { return totals + image * plane; }
+    int16_t* totals_of(int64_t image) const { return totals + image * image_totals(); }
 };
 
 // Codes and totals of the pixels [begin, end) of an image; `begin` is a multiple of 64. False if there is no memory.

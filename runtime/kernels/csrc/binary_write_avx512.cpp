@@ -70,53 +70,87 @@ FX_INLINE void transpose(__m512* v) {
     }
 }
 
-// `rows` rows of `pixels` values, both at most 16.
-FX_INLINE void store_rows(const BinaryCall& call, const __m512* v, float* at, int64_t rows, int64_t pixels) {
-    const int64_t step = call.out_pixels();
-    if (rows == 16 && pixels == 16) {
-        FX_UNROLL
-        for (int i = 0; i < 16; i++) _mm512_storeu_ps(at + i * step, ended(call, v[i], at + i * step, 0xffff));
-        return;
-    }
-    const __mmask16 mask = __mmask16((1u << pixels) - 1);
+// What a tile leaves of 16 pixels -> S of 32 of the 64 outputs, HIGH the odd ones: 16 pixels of the outputs 2 i and
+// 2 i + 1 in words of v[i]. Of fewer pixels the last one is there several times.
+template <bool HIGH, bool WHOLE>
+FX_INLINE void load_pairs(const uint16_t* sums, int64_t pixels, __m512* v) {
     FX_UNROLL
-    for (int i = 0; i < 16; i++)
-        if (i < rows) _mm512_mask_storeu_ps(at + i * step, mask, ended(call, v[i], at + i * step, mask));
+    for (int i = 0; i < 16; i++) {
+        const uint16_t* const from = sums + 64 * (WHOLE || i < pixels ? i : pixels - 1);
+        const __m512i odd = _mm512_load_si512(from + 32);
+        v[i] = _mm512_castsi512_ps(
+            HIGH ? odd : _mm512_sub_epi16(_mm512_load_si512(from), _mm512_slli_epi16(odd, 8)));
+    }
+    transpose(v);
 }
 
-// 64 outputs -> (outputs, pixels)
-void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
-    const BinaryCall& call = of.job.call;
-    const int64_t outputs = call.layout.outputs, step = call.out_pixels();
-    float* to = static_cast<float*>(call.y) + (of.job.first + of.image) * outputs * step + of.place;
-    for (int64_t o = 64 * block; o < least(outputs, 64 * block + 64); o += 16) {
-        const Scales scales(call, o);
-        const int64_t rows = least(16, outputs - o);
-        for (int64_t x = 0; x < of.pixels; x += 16) {
-            __m512 v[16];
-            const int64_t pixels = least(16, of.pixels - x);
-            const uint16_t* from = sums + x * 64 + o % 64;
-            if (pixels == 16) {
-                FX_UNROLL
-                for (int i = 0; i < 16; i++) v[i] = scales(from + 64 * i);
-            } else {
-                FX_UNROLL
-                for (int i = 0; i < 16; i++) v[i] = scales(from + 64 * least(i, pixels - 1));
-            }
-            transpose(v);
-            store_rows(call, v, to + o * step + x, rows, pixels);
-        }
+// Rows of at most 16 pixels, one for each output: S -> y. PLAIN: y is scale (2 S - X) and no more; WHOLE: 16 pixels.
+template <bool PLAIN, bool WHOLE>
+struct Row {
+    const BinaryCall& call;
+    const float *scale, *bias;
+    __m512i minus;  // -X of each pixel
+    __mmask16 mask;
+
+    // `twos`: 2 in the low or in the high word, whichever holds the output's S; the other is 0
+    FX_INLINE void operator()(__m512i pairs, __m512i twos, int64_t output, float* at) const {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(minus, pairs, twos));
+        __m512 y = _mm512_mul_ps(sum, _mm512_set1_ps(scale[output]));
+        if (!PLAIN && bias) y = _mm512_add_ps(y, _mm512_set1_ps(bias[output]));
+        if (!PLAIN) y = ended(call, y, at, mask);
+        if (WHOLE) _mm512_storeu_ps(at, y);
+        else _mm512_mask_storeu_ps(at, mask, y);
     }
+};
+
+// At most 16 pixels from pixel x on of 32 of a block's outputs.
+template <bool HIGH, bool PLAIN, bool WHOLE>
+void write_rows(const Finished& of, int64_t block, const uint16_t* sums, int64_t x) {
+    const BinaryCall& call = of.job.call;
+    const int64_t step = call.out_pixels(), first = 64 * block + 32 * HIGH, rows = call.layout.outputs - first;
+    const int64_t pixels = WHOLE ? 16 : least(16, of.pixels - x);
+    float* const to = static_cast<float*>(call.y) +
+                      ((of.job.first + of.image) * call.layout.outputs + first) * step + of.place + x;
+    const __mmask16 mask = __mmask16((1u << pixels) - 1);
+    const __m512i window = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(mask, of.windows + x));
+    const Row<PLAIN, WHOLE> row{call, call.scale + first, call.bias ? call.bias + first : nullptr,
+                                _mm512_sub_epi32(_mm512_setzero_si512(), window), mask};
+    __m512 v[16];
+    load_pairs<HIGH, WHOLE>(sums + 64 * x, pixels, v);
+    FX_UNROLL
+    for (int i = 0; i < 16; i++) {
+        const __m512i pairs = _mm512_castps_si512(v[i]);
+        if (WHOLE || 2 * i < rows) row(pairs, _mm512_set1_epi32(2), 2 * i, to + 2 * i * step);
+        if (WHOLE || 2 * i + 1 < rows) row(pairs, _mm512_set1_epi32(2 << 16), 2 * i + 1, to + (2 * i + 1) * step);
+    }
+}
+
+// 32 outputs of a block -> (outputs, pixels)
+template <bool HIGH, bool PLAIN>
+void write_half(const Finished& of, int64_t block, const uint16_t* sums) {
+    const bool all = of.job.call.layout.outputs - 64 * block - 32 * HIGH >= 32;
+    int64_t x = 0;
+    for (; all && x + 16 <= of.pixels; x += 16) write_rows<HIGH, PLAIN, true>(of, block, sums, x);
+    for (; x < of.pixels; x += 16) write_rows<HIGH, PLAIN, false>(of, block, sums, x);
+}
+
+template <bool PLAIN>
+void write_channels(const Finished& of, int64_t block, const uint16_t* sums) {
+    write_half<false, PLAIN>(of, block, sums);
+    write_half<true, PLAIN>(of, block, sums);
 }
 
 // 64 outputs -> channels-last
-void write_pixels(const Finished& of, int64_t block, const uint16_t* sums) {
+void write_pixels(const Finished& of, int64_t block, uint16_t* sums) {
     const BinaryCall& call = of.job.call;
     const int64_t outputs = call.layout.outputs, first = 64 * block, count = least(64, outputs - first);
     const int64_t pixel = (of.job.first + of.image) * call.out_pixels() + of.place;
     float* to = static_cast<float*>(call.y) + pixel * outputs + first;
     const Scales scales[4] = {{call, first}, {call, first + 16}, {call, first + 32}, {call, first + 48}};
     for (int64_t x = 0; x < of.pixels; x++, to += outputs, sums += 64) {
+        const Words words = settled(sums, of.windows[x]);
+        _mm512_store_si512(sums, words.low);
+        _mm512_store_si512(sums + 32, words.high);
         if (count == 64) {
             FX_UNROLL
             for (int i = 0; i < 4; i++)
@@ -183,12 +217,9 @@ void write(const Finished& of) {
             write_levels(of, block, sums);
             continue;
         }
-        for (int64_t x = 0; x < of.pixels; x++) {
-            const Words words = settled(sums + 64 * x, of.windows[x]);
-            _mm512_store_si512(sums + 64 * x, words.low);
-            _mm512_store_si512(sums + 64 * x + 32, words.high);
-        }
-        (call.y_channels_last ? write_pixels : write_channels)(of, block, sums);
+        if (call.y_channels_last) write_pixels(of, block, sums);
+        else if (call.bias || call.residual || call.relu) write_channels<false>(of, block, sums);
+        else write_channels<true>(of, block, sums);
     }
 }
 

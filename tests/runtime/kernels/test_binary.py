@@ -219,6 +219,28 @@ def test_nan_is_level_zero_and_infinity_the_largest(isa: str, layout: int) -> No
 
 
 @pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "edges", [[0.0, 0.8, 1.3], [-0.0, 1e-40, 3e38], [-1.3, -1e-40, 0.8], [0.3, 0.7], [0.5], [-0.5]]
+)
+@pytest.mark.parametrize("size", [(7, 7), (8, 11), (14, 14)])
+def test_values_at_thresholds_and_beside_them(isa: str, last: bool, edges: list[float], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    at = torch.tensor(edges)
+    infinity = torch.tensor([float("inf")])
+    beside = [at, -at, torch.nextafter(at, infinity), torch.nextafter(at, -infinity), infinity, -infinity]
+    values = torch.cat([*beside, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e38, -1e38])])
+    x = values[torch.randint(len(values), (2, 20, *size))]
+    plus = signs(35, 20, 1, 1)
+    sums = F.conv2d(quantized(x, at), plus.double() * 2 - 1)
+    given_x = x.contiguous(memory_format=torch.channels_last) if last else x
+    with kernels.using(isa):
+        layout, window = layouts.pack(layouts.SIX, plus), ([1, 1], [1, 1], [0, 0], [1, 1], 1)
+        y = ops.binary_conv2d(given_x, layout, torch.ones(35), None, at, 35, *window)
+    assert torch.equal(y.double(), sums)
+
+
+@pytest.mark.parametrize("isa", kernels.isas())
 @pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
 def test_rectifiers_keep_nan_as_torch_does(isa: str, layout: int) -> None:
     packed, residual = layouts.pack(layout, signs(20, 5, 1, 1)), torch.randn(1, 20, 3, 3)
