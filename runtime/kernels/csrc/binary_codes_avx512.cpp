@@ -1,8 +1,8 @@
 // Convolution by tables: activations -> codes. A code is the levels of three channels, two bits each.
+#include "binary_table_avx512.h"
+
 #include <cstring>
 #include <utility>
-
-#include "binary_table_avx512.h"
 
 namespace fx {
 namespace table {

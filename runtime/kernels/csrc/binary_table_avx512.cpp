@@ -5,6 +5,8 @@
 // chunk. The sums of some rows, up to a part of the L2 cache, wait for the other chunks.
 #include "binary_table_avx512.h"
 
+#include <cstring>
+
 #include "threads.h"
 
 namespace fx {
@@ -110,6 +112,7 @@ private:
     uint8_t* tables;             // [input row % ring][group of the chunk][column of the strip][64]
     uint16_t* sums;              // [block - first][line][column][64]
     int16_t* windows;            // [line][column]
+    int16_t* column_sums;        // [input column] of all levels under the kernel's rows, zeros in the padding
     int64_t* made;               // [input row % ring] which row's tables are there
 
     bool plan();
@@ -149,10 +152,14 @@ bool Band::plan() {
     plan_parts();
     tables = static_cast<uint8_t*>(scratch(SLOT_CONV_IMAGE, size_t(ring * row_bytes)));
     sums = static_cast<uint16_t*>(scratch(SLOT_CONV_ROWS, size_t((last - first) * lines * call.out_width * 128)));
-    void* found = scratch(SLOT_CONV_EXACT, size_t(ring) * sizeof(int64_t) + size_t(lines * call.out_width + 64) * 2);
+    // whole vectors are read and written
+    const int64_t held = lines * call.out_width + 32, across = call.width + 2 * call.padding[1] + 32;
+    void* found = scratch(SLOT_CONV_EXACT, size_t(ring) * sizeof(int64_t) + size_t(held + across) * 2);
     if (!tables || !sums || !found) return false;
     made = static_cast<int64_t*>(found);
     windows = reinterpret_cast<int16_t*>(made + ring);
+    column_sums = windows + held;
+    memset(column_sums, 0, size_t(across) * 2);
     forget_tables();
     return true;
 }
@@ -270,21 +277,31 @@ void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip
     }
 }
 
+// Sums of all levels of the windows of output row y: first down the kernel rows, then across.
 void Band::add_windows(int64_t y, int16_t* to) const {
-    const int64_t stride = call.stride[1];
-    for (int64_t x = 0; x < call.out_width; x++) to[x] = 0;
-    for (int64_t ky = 0; ky < layout.kh; ky++) {
-        if (!is_inside(input_row(y, ky))) continue;
-        const int16_t* totals = job.totals_of(image) + input_row(y, ky) * call.width;
-        for (int64_t kx = 0; kx < layout.kw; kx++) {
-            const int64_t shift = kx * call.dilation[1] - call.padding[1];
-            const int64_t begin = shift < 0 ? ceil_div(-shift, stride) : 0;
-            const int64_t end = call.width <= shift ? 0 : least(call.out_width, ceil_div(call.width - shift, stride));
-            if (stride == 1)
-                for (int64_t x = begin; x < end; x++) to[x] = int16_t(to[x] + totals[x + shift]);
-            else
-                for (int64_t x = begin; x < end; x++) to[x] = int16_t(to[x] + totals[x * stride + shift]);
+    for (int64_t x = 0; x < call.width; x += 32) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t ky = 0; ky < layout.kh; ky++)
+            if (is_inside(input_row(y, ky)))
+                sum = _mm512_add_epi16(
+                    sum, _mm512_loadu_si512(job.totals_of(image) + input_row(y, ky) * call.width + x));
+        const uint32_t there = call.width - x >= 32 ? ~0u : (1u << (call.width - x)) - 1;
+        _mm512_mask_storeu_epi16(column_sums + call.padding[1] + x, there, sum);
+    }
+    if (call.stride[1] == 1) {
+        for (int64_t x = 0; x < call.out_width; x += 32) {
+            __m512i sum = _mm512_setzero_si512();
+            for (int64_t kx = 0; kx < layout.kw; kx++)
+                sum = _mm512_add_epi16(sum, _mm512_loadu_si512(column_sums + x + kx * call.dilation[1]));
+            _mm512_storeu_si512(to + x, sum);  // what lies behind the row is the next one's
         }
+        return;
+    }
+    for (int64_t x = 0; x < call.out_width; x++) {
+        int16_t sum = 0;
+        for (int64_t kx = 0; kx < layout.kw; kx++)
+            sum = int16_t(sum + column_sums[x * call.stride[1] + kx * call.dilation[1]]);
+        to[x] = sum;
     }
 }
 
@@ -350,7 +367,7 @@ int run(const BinaryCall& call) {
     Job job{call, six_groups(call.layout), 0, 0, !call.levels_in && !call.channels_last, nullptr, nullptr};
     const int64_t together = most(1, least(call.batch, CODES_BYTES / most(1, job.image_bytes())));
     job.codes = static_cast<uint8_t*>(scratch(SLOT_CONV_CALL, size_t(together * job.image_bytes())));
-    job.totals = static_cast<int16_t*>(scratch(SLOT_CONV_INDEX, size_t(together * job.image_totals()) * 2));
+    job.totals = static_cast<int16_t*>(scratch(SLOT_CONV_INDEX, size_t(together * job.image_totals() + 32) * 2));
     if (!job.codes || !job.totals) return fail(NO_MEMORY, "No memory for the levels of a binary convolution");
     for (; job.first < call.batch; job.first += together) {
         job.images = least(together, call.batch - job.first);
