@@ -239,85 +239,99 @@ __m512i codes_of_pixel(const Job& job, const uint8_t* levels, uint8_t* codes, co
     return sum;
 }
 
-// The same for at most 128 channels: three permutes gather what a code is made of.
+// Codes and totals of as many pixels as 128 levels make, or of one: three permutes gather what the codes are made of.
 class Narrow {
 public:
     static constexpr int64_t MOST_CHANNELS = 128;
 
     explicit Narrow(const Job& job) : channels_(job.call.channels), bytes_(2 * job.groups) {
+        // the channels whose totals are found for several pixels together; their codes fit a vector
+        pixels_ = channels_ == 16 || channels_ == 32 || channels_ == 64 ? MOST_CHANNELS / channels_ : 1;
         alignas(64) uint8_t from[3][64] = {};
-        for (int64_t i = 0; i < bytes_; i++)
+        for (int64_t i = 0; i < pixels_ * bytes_; i++)
             for (int64_t k = 0; k < 3; k++) {
-                const int64_t channel = (3 * (i / job.groups) + k) * job.groups + i % job.groups;
+                const int64_t code = i % bytes_;
+                const int64_t channel = (3 * (code / job.groups) + k) * job.groups + code % job.groups;
                 if (channel >= channels_) continue;
-                from[k][i] = uint8_t(channel);
+                from[k][i] = uint8_t(i / bytes_ * channels_ + channel);
                 there_[k] |= uint64_t(1) << i;
             }
         for (int64_t k = 0; k < 3; k++) from_[k] = _mm512_load_si512(from[k]);
     }
-    FX_INLINE __m512i operator()(const uint8_t* levels, uint8_t* codes, const uint8_t* end) const {
-        const __m512i low = masked(levels, channels_);
-        const __m512i high = channels_ > 64 ? masked(levels + 64, channels_ - 64) : low;
+    int64_t pixels() const { return pixels_; }
+    // Of the first `count` pixels.
+    FX_INLINE void operator()(const uint8_t* levels, int64_t count, uint8_t* codes, const uint8_t* end,
+                              int16_t* totals) const {
+        const __m512i low = masked(levels, count * channels_);
+        const __m512i high = masked(levels + 64, count * channels_ - 64);
         __m512i part[3];
         FX_UNROLL
         for (int k = 0; k < 3; k++)
             part[k] = _mm512_maskz_mov_epi8(there_[k], _mm512_permutex2var_epi8(low, from_[k], high));
         const __m512i code =
             _mm512_ternarylogic_epi32(part[0], _mm512_slli_epi16(part[1], 2), _mm512_slli_epi16(part[2], 4), 0xfe);
-        if (bytes_ <= 32 && end - codes >= 32)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_castsi512_si256(code));
-        else if (end - codes >= 64) _mm512_storeu_si512(codes, code);
-        else _mm512_mask_storeu_epi8(codes, first_of(bytes_), code);
-        const __m512i all = _mm512_add_epi8(part[0], _mm512_add_epi8(part[1], part[2]));
-        return _mm512_sad_epu8(all, _mm512_setzero_si512());
+        if (end - codes >= 64) _mm512_storeu_si512(codes, code);
+        else _mm512_mask_storeu_epi8(codes, first_of(count * bytes_), code);
+        _mm_mask_storeu_epi16(totals, __mmask8((1u << count) - 1), totals_of(low, high));
     }
 
 private:
     static FX_INLINE __m512i masked(const uint8_t* levels, int64_t count) {
-        return _mm512_and_si512(_mm512_maskz_loadu_epi8(first_of(count), levels), _mm512_set1_epi8(3));
+        return _mm512_and_si512(_mm512_maskz_loadu_epi8(first_of(most(0, count)), levels), _mm512_set1_epi8(3));
+    }
+    // Words of all pixels, from sums of eight levels.
+    FX_INLINE __m128i totals_of(__m512i low, __m512i high) const {
+        const __m512i zero = _mm512_setzero_si512();
+        const __m128i eights = _mm_unpacklo_epi64(_mm512_cvtepi64_epi8(_mm512_sad_epu8(low, zero)),
+                                                  _mm512_cvtepi64_epi8(_mm512_sad_epu8(high, zero)));
+        if (pixels_ >= 4) {
+            const __m128i words = _mm_maddubs_epi16(eights, _mm_set1_epi8(1));
+            if (pixels_ == 8) return words;
+            const __m128i dwords = _mm_madd_epi16(words, _mm_set1_epi16(1));
+            return _mm_packs_epi32(dwords, dwords);
+        }
+        const __m128i halves = _mm_sad_epu8(eights, _mm_setzero_si128());  // 64 levels each
+        if (pixels_ == 2) return _mm_shufflelo_epi16(_mm_packs_epi32(halves, halves), 0x08);
+        return _mm_add_epi64(halves, _mm_unpackhi_epi64(halves, halves));
     }
     const int64_t channels_, bytes_;
+    int64_t pixels_;
     __mmask64 there_[3] = {};
     __m512i from_[3];
 };
 
-// The first `count` words of `sums`.
-FX_INLINE void store_totals(uint64_t sums, int16_t* totals, int64_t count) {
-    for (int64_t i = 0; i < count; i++) totals[i] = int16_t(sums >> 16 * i);
+// `levels` of `count` pixels side by side -> codes and totals, for any number of channels.
+void codes_of_pixels(const Job& job, const uint8_t* levels, int64_t count, uint8_t* codes, const uint8_t* end,
+                     int16_t* totals) {
+    for (int64_t i = 0; i < count; i++, levels += job.call.channels, codes += job.pixel_step())
+        totals[i] = int16_t(_mm512_reduce_add_epi64(codes_of_pixel(job, levels, codes, end)));
 }
 
 bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const BinaryCall& call = job.call;
-    int16_t* totals = job.totals_of(image);
     // levels are read in other pieces than they are written in: some pixels later, when they have left the store buffer
     constexpr int64_t FEW = 8;
-    const int64_t level_step = call.levels_in ? call.channels : call.channels + 64;
     uint8_t* found = nullptr;
     if (!call.levels_in) {
-        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(FEW * level_step)));
+        found = static_cast<uint8_t*>(scratch(SLOT_PACKED, size_t(FEW * call.channels + 16)));
         if (!found) return false;
     }
     // the codes behind the last pixel may be another thread's
-    uint8_t* codes = job.codes_of(image) + begin * job.pixel_step();
-    const uint8_t* const stop = codes + (end - begin) * job.pixel_step();
+    const uint8_t* const stop = job.codes_of(image) + end * job.pixel_step();
     const bool is_narrow = call.channels <= Narrow::MOST_CHANNELS;
     const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, nullptr, nullptr});
     for (int64_t p = begin; p < end; p += FEW) {
         const int64_t count = least(FEW, end - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
         for (int64_t i = 0; found && i < count; i++)
-            levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels, found + i * level_step);
+            levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels,
+                            found + i * call.channels);
         const uint8_t* levels = found ? found : static_cast<const uint8_t*>(call.x) + at;
-        // the sums of four pixels are words of the same 64 bits: they take one sum over a register together
-        for (int64_t i = 0; i < count; i += 4) {
-            __m512i sums = _mm512_setzero_si512();
-            const int64_t four = least(4, count - i);
-            for (int64_t j = 0; j < four; j++, levels += level_step, codes += job.pixel_step()) {
-                const __m512i sum =
-                    is_narrow ? narrow(levels, codes, stop) : codes_of_pixel(job, levels, codes, stop);
-                sums = _mm512_or_si512(sums, _mm512_sll_epi64(sum, _mm_cvtsi32_si128(int(16 * j))));
-            }
-            store_totals(uint64_t(_mm512_reduce_add_epi64(sums)), totals + p + i, four);
-        }
+        uint8_t* const codes = job.codes_of(image) + p * job.pixel_step();
+        int16_t* const totals = job.totals_of(image) + p;
+        if (!is_narrow) codes_of_pixels(job, levels, count, codes, stop, totals);
+        for (int64_t i = 0; is_narrow && i < count; i += narrow.pixels())
+            narrow(levels + i * call.channels, least(narrow.pixels(), count - i), codes + i * job.pixel_step(), stop,
+                   totals + i);
     }
     return true;
 }

@@ -240,6 +240,25 @@ def test_values_at_thresholds_and_beside_them(isa: str, last: bool, edges: list[
     assert torch.equal(y.double(), sums)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("channels", [8, 16, 20, 32, 60, 64, 128])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 7), (24, 25)])
+def test_pixels_are_taken_together(threads: int, levels: bool, channels: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, *size).contiguous(memory_format=torch.channels_last)
+    plus, window = signs(35, channels, 3, 3), ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    found = quantized(x.contiguous(), THRESHOLDS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        given_x = found.to(torch.uint8) if levels else x
+        y = ops.binary_conv2d(given_x, layouts.pack(layouts.SIX, plus), torch.ones(35), None, THRESHOLDS, 35, *window)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y.double(), F.conv2d(found, plus.double() * 2 - 1, None, *window[1:]))
+
+
 @pytest.mark.parametrize("isa", kernels.isas())
 @pytest.mark.parametrize("layout", [layouts.SIX, layouts.PLANES])
 def test_rectifiers_keep_nan_as_torch_does(isa: str, layout: int) -> None:
