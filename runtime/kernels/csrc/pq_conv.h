@@ -68,16 +68,13 @@ struct BuildJob {
     float factor;
 };
 
-// One step of a sum: offsets in bytes from the tables of a kernel row and from the indices of a kernel row.
+// One step of a sum: a term's tables for the first output pixel, and its indices for the first block.
 struct ConvStep {
-    int64_t table, index;
+    const uint8_t *table, *index;
 };
 
-// Adds the table entries of some kernel rows to the accumulators of one row of output pixels, all blocks of a group.
+// Adds the table entries of some steps to the accumulators of one row of output pixels, all blocks of a group.
 struct SumJob {
-    const uint8_t* const* rows;   // [row_count] tables of the input row that a kernel row reads
-    const uint8_t* const* index;  // [row_count] indices of block 0, that kernel row
-    int64_t row_count;
     const ConvStep* steps;
     int64_t step_count;
     int64_t index_block;          // bytes from one block's indices to the next one's

@@ -66,30 +66,27 @@ static void sum_pixels(const SumJob* job, int64_t block, int64_t x, int64_t half
     __m256i acc[P][2];
     uint8_t* at = job->acc + (block * job->pixels + x) * 128 + half * 32;
     for (int p = 0; p < P; p++) acc[p][0] = load(at + p * 128), acc[p][1] = load(at + p * 128 + 64);
-    for (int64_t row = 0; row < job->row_count; row++) {
-        const uint8_t* tables = job->rows[row] + x * job->table_step;
-        const uint8_t* index = job->index[row] + block * job->index_block + half * 32;
-        for (int64_t i = 0; i < job->step_count; i += 2) {
-            __m256i e[P];
-            for (int p = 0; p < P; p++) e[p] = _mm256_setzero_si256();
-            for (int64_t k = i; k < least(i + 2, job->step_count); k++) {
-                const __m256i codes = load(index + job->steps[k].index);
-                const uint8_t* table = tables + job->steps[k].table;
-                FX_UNROLL
-                for (int part = 0; part < PARTS; part++) {
-                    // bit 7 is set, and vpshufb gives 0, where the index is not one of this part's
-                    const __m256i own = _mm256_xor_si256(codes, _mm256_set1_epi8(char(part * 16)));
-                    const __m256i mine = _mm256_adds_epu8(own, _mm256_set1_epi8(0x70));
-                    FX_UNROLL
-                    for (int p = 0; p < P; p++)
-                        e[p] = _mm256_add_epi8(e[p], _mm256_shuffle_epi8(both(table + p * job->table_step + part * 16), mine));
-                }
-            }
+    const int64_t tables = x * job->table_step, index = block * job->index_block + half * 32;
+    for (int64_t i = 0; i < job->step_count; i += 2) {
+        __m256i e[P];
+        for (int p = 0; p < P; p++) e[p] = _mm256_setzero_si256();
+        for (int64_t k = i; k < least(i + 2, job->step_count); k++) {
+            const __m256i codes = load(job->steps[k].index + index);
+            const uint8_t* table = job->steps[k].table + tables;
             FX_UNROLL
-            for (int p = 0; p < P; p++) {
-                acc[p][0] = _mm256_add_epi16(acc[p][0], e[p]);
-                acc[p][1] = _mm256_add_epi16(acc[p][1], _mm256_srli_epi16(e[p], 8));
+            for (int part = 0; part < PARTS; part++) {
+                // bit 7 is set, and vpshufb gives 0, where the index is not one of this part's
+                const __m256i own = _mm256_xor_si256(codes, _mm256_set1_epi8(char(part * 16)));
+                const __m256i mine = _mm256_adds_epu8(own, _mm256_set1_epi8(0x70));
+                FX_UNROLL
+                for (int p = 0; p < P; p++)
+                    e[p] = _mm256_add_epi8(e[p], _mm256_shuffle_epi8(both(table + p * job->table_step + part * 16), mine));
             }
+        }
+        FX_UNROLL
+        for (int p = 0; p < P; p++) {
+            acc[p][0] = _mm256_add_epi16(acc[p][0], e[p]);
+            acc[p][1] = _mm256_add_epi16(acc[p][1], _mm256_srli_epi16(e[p], 8));
         }
     }
     for (int p = 0; p < P; p++) store(at + p * 128, acc[p][0]), store(at + p * 128 + 64, acc[p][1]);

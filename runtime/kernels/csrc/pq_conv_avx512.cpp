@@ -3,7 +3,7 @@
 // 64 look-ups take one vpermi2b (two tables of 64 entries, one of 128) or vpermb (four of 16), and
 //   K <= 32:  vpdpbusd adds four sub-spaces to 32 bits                                  2 instructions per 64
 //   K = 64:   two terms are added as bytes, vpmaddubsw adds neighbours, vpaddw          2.5
-//   K = 128:  two terms are added as bytes; vpaddw, vpsrlw, vpaddw                      3
+//   K = 128:  two terms are added as bytes; vpaddw, vpmaddubsw, vpaddw                  3
 #include "pq_conv_plain.h"
 #include "pq_conv_sums_avx512.h"
 #include "pq_conv_write_avx512.h"

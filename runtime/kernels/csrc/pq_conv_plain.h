@@ -92,12 +92,11 @@ namespace {
     for (int64_t block = 0; block < t->blocks; block++)
         for (int64_t x = 0; x < job->pixels; x++) {
             uint16_t* acc = reinterpret_cast<uint16_t*>(job->acc + (block * job->pixels + x) * t->acc_bytes);
-            for (int64_t row = 0; row < job->row_count; row++)
-                for (int64_t i = 0; i < job->step_count; i++) {
-                    const uint8_t* table = job->rows[row] + x * job->table_step + job->steps[i].table;
-                    const uint8_t* index = job->index[row] + block * job->index_block + job->steps[i].index;
-                    for (int64_t c = 0; c < BLOCK; c++) acc[c] = uint16_t(acc[c] + table[index[c]]);
-                }
+            for (int64_t i = 0; i < job->step_count; i++) {
+                const uint8_t* table = job->steps[i].table + x * job->table_step;
+                const uint8_t* index = job->steps[i].index + block * job->index_block;
+                for (int64_t c = 0; c < BLOCK; c++) acc[c] = uint16_t(acc[c] + table[index[c]]);
+            }
         }
 }
 

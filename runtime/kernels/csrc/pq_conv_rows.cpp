@@ -85,7 +85,6 @@ struct Quantized : Rows {
     int32_t* sums[2] = {};     // [block][pixel][BLOCK], of both planes
     const int32_t** planes = nullptr;
     ConvStep* steps = nullptr;
-    const uint8_t **rows = nullptr, **index = nullptr;  // [kernel row]
 
     int64_t acc_bytes() const { return t.blocks * s.out_width * t.acc_bytes; }
     int64_t tap_bytes() const { return t.terms * t.gang * BLOCK; }
@@ -103,8 +102,7 @@ struct Quantized : Rows {
             acc = arena.take<uint8_t>(acc_bytes());
             for (int i = 0; i <= wide; i++) sums[i] = arena.take<int32_t>(area);
             planes = arena.take<const int32_t*>(call.slots() * t.pairs);
-            steps = arena.take<ConvStep>(s.kernel[1] * t.terms);
-            rows = arena.take<const uint8_t*>(s.kernel[0]), index = arena.take<const uint8_t*>(s.kernel[0]);
+            steps = arena.take<ConvStep>(call.taps() * t.terms);
             if (real) return true;
             arena.base = static_cast<uint8_t*>(scratch(SLOT_CONV_ROWS, arena.used));
             if (!arena.base) return false;
@@ -130,9 +128,9 @@ struct Quantized : Rows {
         call.kernels->build(&t, &job);
     }
 
-    // About as many terms, such that the steps of a kernel row, which are added in pairs of bytes, leave none over.
-    static int64_t paired(int64_t terms, int64_t columns, int64_t bytes) {
-        if (terms % 2 == 0 || columns % 2 == 0) return terms;
+    // About as many terms, such that steps, `taps` of each term, which are added in pairs of bytes, leave none over.
+    static int64_t paired(int64_t terms, int64_t taps, int64_t bytes) {
+        if (terms % 2 == 0 || taps % 2 == 0) return terms;
         return terms > 1 ? terms - 1 : 2 * bytes <= PAIR_BYTES ? 2 : 1;
     }
 
@@ -143,7 +141,7 @@ struct Quantized : Rows {
         const int64_t kernel_rows = least(window.count, most(1, bound / columns));
         int64_t terms = most(1, least(t.terms, bound / (columns * most(1, kernel_rows))));
         const int64_t bytes = t.columns * t.term_bytes * most(1, window.count);
-        if (terms > 1) terms = paired(least(terms, most(1, CHUNK_BYTES / bytes)), columns, bytes);
+        if (terms > 1) terms = paired(least(terms, most(1, CHUNK_BYTES / bytes)), columns * kernel_rows, bytes);
         int64_t done = 0;
         bool add = false;
         memset(acc, 0, size_t(acc_bytes()));
@@ -165,19 +163,20 @@ struct Quantized : Rows {
     }
 
     void part(const Window& window, int plane, int64_t term, int64_t column, int64_t row, const int64_t counts[3]) {
-        int64_t count = 0;
-        for (int64_t i = term; i < term + counts[0]; i++)
-            for (int64_t k = column; k < column + counts[1]; k++)
-                steps[count++] = {(i * t.columns + k * s.dilation[1]) * t.term_bytes,
-                                  (k * t.terms + i) * t.gang * BLOCK};
         const int64_t index_block = call.taps() * tap_bytes();
         const uint8_t* base = call.index + group * t.blocks * index_block;
-        for (int64_t i = 0; i < counts[2]; i++) {
-            const int64_t input = window.input + (row + i) * s.dilation[0];
-            rows[i] = tables[plane] + input % call.ring() * call.row_bytes();
-            index[i] = base + (window.first + row + i) * s.kernel[1] * tap_bytes();
+        const int64_t column_bytes = s.dilation[1] * t.term_bytes, term_codes = t.gang * BLOCK, codes = tap_bytes();
+        ConvStep* to = steps;
+        for (int64_t r = row; r < row + counts[2]; r++) {
+            const int64_t input = window.input + r * s.dilation[0];
+            const uint8_t* from = tables[plane] + input % call.ring() * call.row_bytes() + column * column_bytes;
+            const uint8_t* index = base + ((window.first + r) * s.kernel[1] + column) * codes;
+            for (int64_t i = term; i < term + counts[0]; i++) {
+                ConvStep step{from + i * t.columns * t.term_bytes, index + i * term_codes};
+                for (int64_t k = 0; k < counts[1]; k++, step.table += column_bytes, step.index += codes) *to++ = step;
+            }
         }
-        const SumJob job{rows, index, counts[2], steps, count, index_block, s.stride[1] * t.term_bytes, s.out_width, acc};
+        const SumJob job{steps, to - steps, index_block, s.stride[1] * t.term_bytes, s.out_width, acc};
         call.kernels->accumulate(&t, &job);
     }
 

@@ -141,19 +141,28 @@ static void build_chunk(const ConvTables* t, const BuildJob* job, const int32_t*
     const __m128i shift = _mm_cvtsi32_si128(job->shift);
     const __m512i multiplier = _mm512_set1_epi16(int16_t(job->multiplier));
     const __m512 factor = _mm512_set1_ps(job->factor);
+    // what stores of bytes could change, for all that the compiler knows
+    const int32_t *const inputs = job->inputs, *const targets = job->targets;
+    uint8_t *const low = job->tables[0] + offset, *const high = WIDE ? job->tables[1] + offset : nullptr;
+    const int64_t count = job->count, bytes = t->term_bytes;
+    constexpr int SUBS = GANG == 4 ? 4 : 1;
+    const int32_t* from[PAIRS ? PAIRS * SUBS : 1];
     __m512i held[PAIRS ? PAIRS * 4 : 1];
+    FX_UNROLL
+    for (int i = 0; i < PAIRS * SUBS; i++) from[i] = planes[i];
+    FX_UNROLL
     for (int i = 0; i < PAIRS * 4; i++) held[i] = load(codebook + i * 16);
-    for (int64_t i = 0; i < job->count; i++) {
+    for (int64_t i = 0; i < count; i++) {
         __m512i a[4];
-        const int64_t column = job->inputs[i], at = offset + job->targets[i] * t->term_bytes;
+        const int64_t column = inputs[i], at = targets[i] * bytes;
         if (PAIRS) {
             for (int v = 0; v < 4; v++) a[v] = _mm512_setzero_si512();
             FX_UNROLL
             for (int p = 0; p < PAIRS; p++) {
-                __m512i s = _mm512_set1_epi32(planes[p][column]);
+                __m512i s = _mm512_set1_epi32(from[p][column]);
                 FX_UNROLL
                 for (int v = 0; v < 4; v++) {
-                    if (GANG == 4) s = _mm512_set1_epi32(planes[v * PAIRS + p][column]);
+                    if (GANG == 4) s = _mm512_set1_epi32(from[(v * PAIRS + p) % (PAIRS * SUBS)][column]);
                     a[v] = _mm512_dpwssd_epi32(a[v], held[p * 4 + v], s);
                 }
             }
@@ -161,9 +170,9 @@ static void build_chunk(const ConvTables* t, const BuildJob* job, const int32_t*
             products<GANG, 0>(codebook, planes, t->pairs, column, a);
         }
         if (WIDE)
-            split(a, factor, job->tables[0] + at, job->tables[1] + at);
+            split(a, factor, low + at, high + at);
         else
-            store(job->tables[0] + at, narrow(a, shift, multiplier));
+            store(low + at, narrow(a, shift, multiplier));
     }
 }
 

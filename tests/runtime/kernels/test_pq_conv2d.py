@@ -232,6 +232,16 @@ def test_shapes_that_reach_a_limit(case: Case, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("codewords", [32, 64, 128, 256])
+@pytest.mark.parametrize("width", range(1, 11))
+def test_any_width_of_a_tile(width: int, codewords: int, isa: str) -> None:
+    """One block of outputs and three, an even number of look-ups and an odd one."""
+    for outputs in (64, 150):
+        for channels in (8, 12):
+            check(Case(channels=channels, outputs=outputs, size=(4, width), codewords=codewords), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("codewords", [2, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("channels", [1, 2, 3, 7])
 def test_fewer_channels_than_a_sub_space_is_wide(channels: int, codewords: int, isa: str) -> None:
