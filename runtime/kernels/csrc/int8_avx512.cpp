@@ -7,6 +7,11 @@ namespace fx {
 namespace {
 
 constexpr int PIXELS = 6;
+constexpr int64_t AHEAD = 8192;  // bytes between where images are read or outputs written and what is fetched
+
+// Images and outputs of large layers come from beyond the second-level cache: waiting for them took a third of the time
+// of a 3x3 layer of 64 channels on 224 x 224 pixels.
+FX_INLINE void fetch(const float* at) { _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD, _MM_HINT_T0); }
 
 FX_INLINE __m512i rounded16(__m512 x, const Int8Rounding& at) {
     __m512 value = _mm512_mul_ps(x, _mm512_set1_ps(at.inverse));
@@ -27,6 +32,7 @@ Int8Span span(const float* x, int64_t count) {
         FX_UNROLL
         for (int j = 0; j < SIDE; j++) {
             const int64_t left = count - i - 16 * j;
+            fetch(x + i + 16 * j);
             const __m512 value = _mm512_maskz_loadu_ps(left > 0 ? first16(left) : 0, x + i + 16 * j);
             const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(value), largest, _CMP_LE_OQ);
             low[j] = _mm512_mask_min_ps(low[j], finite, low[j], value);
@@ -51,6 +57,7 @@ void round_planes(const Int8Pixels& of, const Int8Rounding& at) {
         const int64_t count = least(16, of.width - p), bytes = count * of.channels;
         __m512i lanes = _mm512_setzero_si512();
         for (int64_t c = 0; c < of.channels; c++) {
+            fetch(of.x + c * of.channel_step + p);
             const __m512 x = _mm512_maskz_loadu_ps(first16(count), of.x + c * of.channel_step + p);
             const __m128i shift = _mm_cvtsi32_si128(int(8 * c));
             lanes = _mm512_or_si512(lanes, _mm512_sll_epi32(rounded16(x, at), shift));
@@ -68,6 +75,7 @@ void round_row(const Int8Pixels& of, const Int8Rounding& at) {
     const int64_t values = of.width * of.channels;
     for (int64_t i = 0; i < values; i += 16) {
         const __mmask16 mask = first16(values - i);
+        fetch(of.x + i);
         const __m512i bytes = rounded16(_mm512_maskz_loadu_ps(mask, of.x + i), at);
         _mm512_mask_cvtepi32_storeu_epi8(of.to + i, mask, bytes);
     }
@@ -110,6 +118,13 @@ void tile(const Int8Row& of, int64_t pixel, int64_t block) {
     for (int p = 0; p < COUNT; p++) {
         FX_UNROLL
         for (int b = 0; b < BLOCKS; b++) sums[p][b] = zero;
+    }
+    if (!SUMS) {
+        FX_UNROLL
+        for (int p = 0; p < COUNT; p++) {
+            FX_UNROLL
+            for (int b = 0; b < BLOCKS; b++) fetch(of.y + (pixel + p) * of.outputs + (block + b) * LANES16);
+        }
     }
     const int8_t* weights = of.weights + block * of.block_bytes();
     const uint8_t* const window = of.image + pixel * of.pixel_bytes;
