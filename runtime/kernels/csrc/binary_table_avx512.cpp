@@ -15,12 +15,14 @@ namespace {
 
 constexpr int64_t CODES_BYTES = 8 << 20;  // of the images that are computed together
 constexpr int64_t PIECE = 512;            // pixels that a thread quantises at a time
-constexpr int64_t PART_BYTES = 52 << 10;  // of tables and weights, about the L1 cache
+constexpr int64_t TABLES_BYTES = 40 << 10;  // that the L1 cache holds beside a stream of weights and sums
+constexpr int64_t PART_BYTES = 80 << 10;    // of tables and weights
 constexpr int64_t FEW_TILES = 2;          // of a strip
 constexpr int64_t SUMS_BYTES = 256 << 10;  // a part of the L2 cache
-// Look-ups that are added up in a byte as long as all is well: the sums of usual activations stay far below 255, and of
-// half as many even those of the highest levels do, unless nearly all weights are +1.
-constexpr int64_t MANY = 36, SURE = MANY / 2;
+// Look-ups that are added up in a byte at first, half as many after one that may have overflowed, and so on. The sums
+// of usual activations are far below 255; of as few as SURE even those of the highest levels are, unless nearly all
+// weights are +1.
+constexpr int64_t MANY = 72, SURE = 18;
 constexpr int64_t WRITTEN = 112;          // pixels that are written together, whole vectors of 16 for many widths
 
 struct TableBytes {
@@ -116,7 +118,7 @@ private:
     int64_t* made;               // [input row % ring] which row's tables are there
 
     bool plan();
-    int64_t part_bytes(int64_t groups, int64_t strip_tiles) const;
+    bool fits(int64_t groups, int64_t strip_tiles) const;
     void plan_parts();
     int64_t columns_of(int64_t outputs) const;
     int64_t tile_column(int64_t tile) const { return call.out_width * tile / tiles; }
@@ -164,10 +166,11 @@ bool Band::plan() {
     return true;
 }
 
-// Bytes of the tables and the weights that a strip of so many tiles goes through for each output row.
-int64_t Band::part_bytes(int64_t groups, int64_t strip_tiles) const {
+// Whether the caches hold the tables and the weights that a strip of so many tiles goes through for each output row.
+bool Band::fits(int64_t groups, int64_t strip_tiles) const {
     const int64_t width = least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles));
-    return groups * 64 * (ring * columns_of(width) + (last - first) * layout.taps());
+    const int64_t of_tables = groups * 64 * ring * columns_of(width);
+    return of_tables <= TABLES_BYTES && of_tables + groups * 64 * (last - first) * layout.taps() <= PART_BYTES;
 }
 
 // As many groups at a time as leave room for a strip of a few tiles, then strips as wide as there is room for; as many
@@ -176,12 +179,12 @@ void Band::plan_parts() {
     const int64_t few = least(tiles, FEW_TILES);
     int64_t strip_tiles = few;
     chunk = 1;
-    while (chunk < job.groups && part_bytes(chunk + 1, few) <= PART_BYTES) chunk++;
+    while (chunk < job.groups && fits(chunk + 1, few)) chunk++;
     chunk = ceil_div(job.groups, ceil_div(job.groups, chunk));
-    while (strip_tiles < tiles && part_bytes(chunk, strip_tiles + 1) <= PART_BYTES) strip_tiles++;
+    while (strip_tiles < tiles && fits(chunk, strip_tiles + 1)) strip_tiles++;
     strips = ceil_div(tiles, strip_tiles), strip_tiles = ceil_div(tiles, strips);
     group_bytes = columns_of(least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles))) * 64;
-    row_bytes = chunk * group_bytes;
+    row_bytes = chunk * group_bytes + 3 * 64;
     keeps_tables = strips == 1 && chunk == job.groups;
     const int64_t rows = bottom - top, written = ceil_div(WRITTEN, call.out_width);
     const int64_t held = SUMS_BYTES / ((last - first) * call.out_width * 128);
@@ -206,13 +209,12 @@ void Band::make_tables(int64_t row, int64_t group, const Strip& strip) const {
     const int64_t begin = least(stop, most(strip.column, ceil_div(padding, step)));
     const int64_t end = most(begin, least(stop, ceil_div(call.width + padding, step)));
     uint8_t* const to = tables + row % ring * row_bytes;
-    if (taps != THREE_TAPS) {
-        clear_tables(to, groups, begin - strip.column);
-        clear_tables(to + (end - strip.column) * 64, groups, stop - end);
-    }
     const uint8_t* const codes = job.codes_of(image) + (row * call.width + begin * step - padding) * job.pixel_step() +
                                  group * job.code_step();
     make_inside(codes, to + (begin - strip.column) * 64, groups, end - begin);
+    if (taps == THREE_TAPS) return;
+    clear_tables(to, groups, begin - strip.column);
+    clear_tables(to + (end - strip.column) * 64, groups, stop - end);
 }
 
 void Band::clear_tables(uint8_t* to, int64_t groups, int64_t count) const {
@@ -220,7 +222,8 @@ void Band::clear_tables(uint8_t* to, int64_t groups, int64_t count) const {
         for (int64_t i = 0; i < count; i++) _mm512_store_si512(to + i * 64, _mm512_setzero_si512());
 }
 
-// Tables of pixels, from codes that lie side by side: of eight pixels or of eight groups.
+// Tables of pixels, from codes that lie side by side: of eight pixels or of eight groups. Up to three tables behind
+// those of a group are overwritten.
 void Band::make_inside(const uint8_t* codes, uint8_t* to, int64_t groups, int64_t pixels) const {
     const TableMaker maker;
     const int64_t other = job.groups * job.code_step(), next = step * job.pixel_step();
@@ -233,7 +236,8 @@ void Band::make_inside(const uint8_t* codes, uint8_t* to, int64_t groups, int64_
     for (int64_t group = 0; group < groups; group++, codes += job.code_step(), to += group_bytes)
         for (int64_t p = 0; p < pixels; p += 8) {
             if (next == 1) {
-                maker.make(codes + p, codes + other + p, to + p * 64, 64, pixels - p);
+                // without branches, unless most of the eight would be made for nothing
+                maker.make(codes + p, codes + other + p, to + p * 64, 64, pixels - p > 4 ? 8 : pixels - p);
                 continue;
             }
             uint8_t found[2][8] = {};
@@ -272,7 +276,7 @@ void Band::run_tiles(Tile* tile, int64_t line, int64_t group, const Strip& strip
         for (int64_t block = first; block < last; block++, tile->weights += block_weights) {
             tile->sums = sums + (((block - first) * lines + line) * call.out_width + x) * 64;
             tile->look_ups = look_ups;
-            while (!run_tile(*tile)) tile->look_ups = look_ups = look_ups > SURE ? SURE : BYTE_SUMS;
+            while (!run_tile(*tile)) tile->look_ups = look_ups = look_ups > SURE ? look_ups / 2 : BYTE_SUMS;
         }
     }
 }

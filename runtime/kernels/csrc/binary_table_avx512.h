@@ -55,8 +55,8 @@ struct Tile {
 using TileFunction = bool(const Tile& tile);
 
 // One tap has functions of its own, and so have three taps side by side under columns side by side or two apart. Of
-// THREE_TAPS, `left` and `right` tell whether the first and the last of columns + 2 tables count: not if they lie in the
-// padding.
+// THREE_TAPS, `left` and `right` tell whether the first and the last of columns + 2 tables count: not if they lie in
+// the padding.
 enum Taps { ANY_TAPS, ONE_TAP, THREE_TAPS, THREE_TAPS_OF_TWO };
 TileFunction* tile_function(int64_t rows, int64_t columns, Taps taps, bool left, bool right);
 

@@ -39,8 +39,9 @@ FX_INLINE __m512i added(__m512i sum, const uint8_t* index, const uint8_t* table)
 #define FX_MIDDLE "25"
 #define FX_RIGHT "26"
 // table 0 and the last one: one tap each
-#define FX_LEFT_EDGE FX_TABLE("0", "28") FX_ONE("28", FX_LEFT, "0")
-#define FX_RIGHT_EDGE(TABLE, SUM) FX_TABLE(TABLE, "28") FX_ONE("28", FX_RIGHT, SUM)
+#define FX_FROM(PLACE, TAP, SUM) "vpermb 64*" PLACE "(%[tables]), %%zmm" TAP ", %%zmm30\n\t" FX_ADD("30", SUM)
+#define FX_LEFT_EDGE FX_FROM("0", FX_LEFT, "0")
+#define FX_RIGHT_EDGE(TABLE, SUM) FX_FROM(TABLE, FX_RIGHT, SUM)
 // table 1, without its right tap
 #define FX_BEGIN FX_TABLE("1", "27") FX_PAIR("27", FX_MIDDLE, "0", "27", FX_LEFT, "1")
 // tables C and C + 1, A = C - 2 and so on
