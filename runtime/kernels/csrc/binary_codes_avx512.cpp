@@ -198,7 +198,7 @@ bool planes(const Job& job, int64_t image, int64_t begin, int64_t end) {
     return true;
 }
 
-// -- x is channels-last ------------------------------------------------------------------------------------------------
+// -- x is channels-last -----------------------------------------------------------------------------------------------
 
 // Levels of the channels of one pixel.
 void levels_of_pixel(const BinaryCall& call, const float* x, uint8_t* levels) {
@@ -248,14 +248,16 @@ public:
         // the channels whose totals are found for several pixels together; their codes fit a vector
         pixels_ = channels_ == 16 || channels_ == 32 || channels_ == 64 ? MOST_CHANNELS / channels_ : 1;
         alignas(64) uint8_t from[3][64] = {};
-        for (int64_t i = 0; i < pixels_ * bytes_; i++)
-            for (int64_t k = 0; k < 3; k++) {
-                const int64_t code = i % bytes_;
-                const int64_t channel = (3 * (code / job.groups) + k) * job.groups + code % job.groups;
-                if (channel >= channels_) continue;
-                from[k][i] = uint8_t(i / bytes_ * channels_ + channel);
-                there_[k] |= uint64_t(1) << i;
-            }
+        int64_t i = 0;
+        for (int64_t pixel = 0; pixel < pixels_; pixel++)
+            for (int64_t half = 0; half < 2; half++)
+                for (int64_t group = 0; group < job.groups; group++, i++)
+                    for (int64_t k = 0; k < 3; k++) {
+                        const int64_t channel = (3 * half + k) * job.groups + group;
+                        if (channel >= channels_) continue;
+                        from[k][i] = uint8_t(pixel * channels_ + channel);
+                        there_[k] |= uint64_t(1) << i;
+                    }
         for (int64_t k = 0; k < 3; k++) from_[k] = _mm512_load_si512(from[k]);
     }
     int64_t pixels() const { return pixels_; }
