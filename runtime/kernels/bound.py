@@ -44,12 +44,14 @@ class _Plan(NamedTuple):
     """What calls on inputs of one shape have in common.
 
     Args:
+        strides: of y.
         in_form: memory format that x must be brought into; None where it lies right.
         constants: of the C struct, all behind its head; empty where y is.
         held: tensors to which these point.
     """
 
     output: Output
+    strides: tuple[int, ...]
     in_form: torch.memory_format | None
     constants: bytes
     held: Sequence[Tensor | None]
@@ -110,8 +112,8 @@ class Bound(ABC):
         if found is None:
             return self.output(x).empty().copy_(self.reference(x))
         key = (x.shape, x.stride(), x.dtype)  # whether x lies channels-last is told from its strides
-        output, in_form, constants, _held = self._plans.get(key) or self._make_plan(key, x)
-        y = torch.empty(output.shape, dtype=output.dtype, memory_format=output.form)
+        output, strides, in_form, constants, _held = self._plans.get(key) or self._make_plan(key, x)
+        y = torch.empty_strided(output.shape, strides, dtype=output.dtype)  # half the time of `empty` with a format
         if not constants:
             return y
         if in_form is not None:
@@ -126,7 +128,8 @@ class Bound(ABC):
     def _make_plan(self, key: Any, x: Tensor) -> _Plan:
         output, form = self.output(x), self.in_form(x)
         constants, held = self.pack(x, output) if 0 not in output.shape else (b"", ())
-        plan = _Plan(output, None if x.is_contiguous(memory_format=form) else form, constants, held)
+        strides = output.empty(torch.device("meta")).stride()
+        plan = _Plan(output, strides, None if x.is_contiguous(memory_format=form) else form, constants, held)
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan
