@@ -148,8 +148,8 @@ static inline int64_t lane_channel(int64_t gang, int64_t vector, int64_t lane) {
     return gang == 1 ? lane / 2 + lane % 2 * 32 : vector * (BLOCK / gang) + lane / gang;
 }
 
-// Layouts CONV1, CONV2 and CONV4: [group][block of 64 channels][tap][term][vector][64 lanes], one byte each, which is
-// term_byte() of its index. Gang 4 wants K <= 32, gang 2 wants K = 64.
+// Layouts CONV1, CONV2 and CONV4: [group][block of 64 channels][term][tap][vector][64 lanes], one byte each, which is
+// term_byte() of its index; what a few terms need lies together, so that it stays in the first-level cache. Gang 4 wants K <= 32, gang 2 wants K = 64.
 int64_t conv_gang(const Layout& layout);
 int64_t conv_entries(const Layout& layout);
 int64_t conv_tap_bytes(const Layout& layout);

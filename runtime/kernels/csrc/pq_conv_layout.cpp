@@ -24,7 +24,7 @@ struct Shape {
         const int64_t vector = gang == 1 ? 0 : c / per_vector;
         const int64_t lane = gang == 1 ? c % 32 * 2 + c / 32 : c % per_vector * gang + m % gang;
         const int64_t block = group * blocks + channel / BLOCK;
-        return (((block * taps + tap) * terms + m / gang) * gang + vector) * BLOCK + lane;
+        return (((block * terms + m / gang) * taps + tap) * gang + vector) * BLOCK + lane;
     }
 };
 

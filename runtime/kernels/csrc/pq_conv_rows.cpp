@@ -87,7 +87,6 @@ struct Quantized : Rows {
     ConvStep* steps = nullptr;
 
     int64_t acc_bytes() const { return t.blocks * s.out_width * t.acc_bytes; }
-    int64_t tap_bytes() const { return t.terms * t.gang * BLOCK; }
 
     bool reserve() {
         wide = call.mode == INT16;
@@ -163,19 +162,17 @@ struct Quantized : Rows {
     }
 
     void part(const Window& window, int plane, int64_t term, int64_t column, int64_t row, const int64_t counts[3]) {
-        const int64_t index_block = call.taps() * tap_bytes();
-        const uint8_t* base = call.index + group * t.blocks * index_block;
-        const int64_t column_bytes = s.dilation[1] * t.term_bytes, term_codes = t.gang * BLOCK, codes = tap_bytes();
+        const int64_t codes = t.gang * BLOCK, index_block = t.terms * call.taps() * codes;
+        const int64_t column_bytes = s.dilation[1] * t.term_bytes;
         ConvStep* to = steps;
-        for (int64_t r = row; r < row + counts[2]; r++) {
-            const int64_t input = window.input + r * s.dilation[0];
-            const uint8_t* from = tables[plane] + input % call.ring() * call.row_bytes() + column * column_bytes;
-            const uint8_t* index = base + ((window.first + r) * s.kernel[1] + column) * codes;
-            for (int64_t i = term; i < term + counts[0]; i++) {
-                ConvStep step{from + i * t.columns * t.term_bytes, index + i * term_codes};
+        for (int64_t i = term; i < term + counts[0]; i++)
+            for (int64_t r = row; r < row + counts[2]; r++) {
+                const int64_t slot = (window.input + r * s.dilation[0]) % call.ring();
+                const int64_t tap = (window.first + r) * s.kernel[1] + column;
+                ConvStep step{tables[plane] + slot * call.row_bytes() + i * t.columns * t.term_bytes + column * column_bytes,
+                              call.index + group * t.blocks * index_block + (i * call.taps() + tap) * codes};
                 for (int64_t k = 0; k < counts[1]; k++, step.table += column_bytes, step.index += codes) *to++ = step;
             }
-        }
         const SumJob job{steps, to - steps, index_block, s.stride[1] * t.term_bytes, s.out_width, acc};
         call.kernels->accumulate(&t, &job);
     }
