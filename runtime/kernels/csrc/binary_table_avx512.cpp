@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t CODES_BYTES = 8 << 20;  // of the images that are computed together
 constexpr int64_t PIECE = 512;            // pixels that a thread quantises at a time
-constexpr int64_t TABLES_BYTES = 40 << 10;  // that the L1 cache holds beside a stream of weights and sums
-constexpr int64_t PART_BYTES = 80 << 10;    // of tables and weights
-constexpr int64_t FEW_TILES = 2;          // of a strip
+constexpr int64_t FEW_BYTES = 34 << 10;   // of tables, where as many groups as that allows are taken together
+constexpr int64_t MOST_BYTES = 40 << 10;  // of tables that the L1 cache holds beside a stream of weights and sums
+constexpr int64_t PART_BYTES = 100 << 10;  // of tables and weights
 constexpr int64_t SUMS_BYTES = 256 << 10;  // a part of the L2 cache
 // Look-ups that are added up in a byte at first, half as many after one that may have overflowed, and so on. The sums
 // of usual activations are far below 255; of as few as SURE even those of the highest levels are, unless nearly all
@@ -118,7 +118,7 @@ private:
     int64_t* made;               // [input row % ring] which row's tables are there
 
     bool plan();
-    bool fits(int64_t groups, int64_t strip_tiles) const;
+    bool fits(int64_t groups, int64_t strip_tiles, int64_t most_bytes) const;
     void plan_parts();
     int64_t columns_of(int64_t outputs) const;
     int64_t tile_column(int64_t tile) const { return call.out_width * tile / tiles; }
@@ -166,22 +166,22 @@ bool Band::plan() {
     return true;
 }
 
-// Whether the caches hold the tables and the weights that a strip of so many tiles goes through for each output row.
-bool Band::fits(int64_t groups, int64_t strip_tiles) const {
+// Whether the tables that a strip of so many tiles goes through for each output row are at most `most_bytes`, and a cache
+// holds them and their weights.
+bool Band::fits(int64_t groups, int64_t strip_tiles, int64_t most_bytes) const {
     const int64_t width = least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles));
     const int64_t of_tables = groups * 64 * ring * columns_of(width);
-    return of_tables <= TABLES_BYTES && of_tables + groups * 64 * (last - first) * layout.taps() <= PART_BYTES;
+    return of_tables <= most_bytes && of_tables + groups * 64 * (last - first) * layout.taps() <= PART_BYTES;
 }
 
-// As many groups at a time as leave room for a strip of a few tiles, then strips as wide as there is room for; as many
-// rows as their sums may take.
+// As many groups at a time as leave room for a strip of one tile, because all sums are read and written for each chunk;
+// then strips as wide as there is room for; as many rows as their sums may take.
 void Band::plan_parts() {
-    const int64_t few = least(tiles, FEW_TILES);
-    int64_t strip_tiles = few;
+    int64_t strip_tiles = 1;
     chunk = 1;
-    while (chunk < job.groups && fits(chunk + 1, few)) chunk++;
+    while (chunk < job.groups && fits(chunk + 1, 1, FEW_BYTES)) chunk++;
     chunk = ceil_div(job.groups, ceil_div(job.groups, chunk));
-    while (strip_tiles < tiles && fits(chunk, strip_tiles + 1)) strip_tiles++;
+    while (strip_tiles < tiles && fits(chunk, strip_tiles + 1, MOST_BYTES)) strip_tiles++;
     strips = ceil_div(tiles, strip_tiles), strip_tiles = ceil_div(tiles, strips);
     group_bytes = columns_of(least(call.out_width, strip_tiles * ceil_div(call.out_width, tiles))) * 64;
     row_bytes = chunk * group_bytes + 3 * 64;
