@@ -83,6 +83,19 @@ struct SumJob {
     uint8_t* acc;                 // [block][pixel][acc_bytes]
 };
 
+// (low + high * 128 - constant) * unit + bias -> y[pixel * y_stride + channel], one row of a block.
+struct FinishJob {
+    const uint8_t* acc[2];   // of both planes, the high one nullptr where there is one plane
+    const int32_t* sums[2];  // [pixel][BLOCK] what decode() has taken out of them; nullptr: nothing
+    int64_t pixels;
+    int32_t constant;
+    float unit;
+    const float* bias;
+    int relu;
+    float* y;
+    int64_t y_stride, channels;
+};
+
 // The same with exact tables of float32; members are used by exact_build (first part) or exact_sum (second part).
 struct ExactJob {
     int64_t subspaces, entries, columns;
@@ -116,9 +129,7 @@ struct ConvKernels {
     void (*accumulate)(const ConvTables* tables, const SumJob* job);
     // accumulators of one block -> sums (or += where `add`), int32 [pixel][BLOCK], channels in order
     void (*decode)(const ConvTables* tables, const uint8_t* acc, int64_t pixels, int32_t* sums, int add);
-    // (sums + high * 128 - constant) * unit + bias -> y[pixel * stride + channel]; high may be nullptr
-    void (*finish)(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, int relu, float* y, int64_t stride, int64_t channels);
+    void (*finish)(const ConvTables* tables, const FinishJob* job);
     // the largest number of each window, NaN where there is one
     void (*pool)(const PoolJob* job);
     // float tables of one pixel column after the other: codebook [m][j][entry], planes [m][j] -> tables [m][column][entry]

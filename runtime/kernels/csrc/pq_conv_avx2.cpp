@@ -130,7 +130,7 @@ static void decode(const ConvTables*, const uint8_t* acc, int64_t pixels, int32_
 
 extern const ConvKernels conv_avx2;
 const ConvKernels conv_avx2 = {4, plain::choose, plain::largest, plain::samples, plain::bounds, plain::peak, build,
-                               accumulate, decode, plain::finish, plain::pool, plain::exact_build, plain::exact_sum,
+                               accumulate, decode, plain::finish<decode>, plain::pool, plain::exact_build, plain::exact_sum,
                                plain::transpose};
 
 }  // namespace fx

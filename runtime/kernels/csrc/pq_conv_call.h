@@ -70,7 +70,7 @@ struct Image {
     int64_t number;
     const float* planar = nullptr;  // [channel][pixel]
     int32_t* words = nullptr;       // [group][sub-space][pair][words()]
-    float* bounds = nullptr;        // [words()] of one sub-space
+    float* bounds = nullptr;        // [sub-space][words()] of a group
     float* reach = nullptr;         // [sub-space] the largest of its bounds
     const int32_t** planes = nullptr;
     bool exact = false;
@@ -90,7 +90,7 @@ private:
     void make_samples(int64_t group, int64_t m);
     int32_t peak();
     float bound(int64_t group, int64_t m);
-    int32_t peak_of(int64_t group, int64_t m, int32_t found);
+    int32_t peak_of(int64_t m, int32_t found);
     void choose_scale(int32_t most);
 };
 

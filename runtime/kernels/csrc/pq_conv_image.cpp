@@ -10,7 +10,7 @@ void Image::reserve(Arena& arena) {
     const ConvShape& s = call.shape;
     planar = arena.take<float>(call.last ? s.channels * call.pixels() : 0);
     words = arena.take<int32_t>(call.quantized ? s.groups * sub_pairs() * call.words() : 0);
-    bounds = arena.take<float>(call.words()), reach = arena.take<float>(s.subspaces);
+    bounds = arena.take<float>(call.quantized ? s.subspaces * call.words() : 0), reach = arena.take<float>(s.subspaces);
     planes = arena.take<const int32_t*>(call.slots() * call.tables.pairs);
 }
 
@@ -70,9 +70,9 @@ int32_t Image::peak() {
             reach[m] = bound(g, m);
             if (reach[m] > reach[first]) first = m;
         }
-        found = peak_of(g, first, found);
+        found = peak_of(first, found);
         for (int64_t m = 0; m < s.subspaces; m++)
-            if (m != first && reach[m] > peak_limit(found)) found = peak_of(g, m, found);
+            if (m != first && reach[m] > peak_limit(found)) found = peak_of(m, found);
     }
     return found;
 }
@@ -81,15 +81,15 @@ int32_t Image::peak() {
 float Image::bound(int64_t group, int64_t m) {
     const ConvTables& t = call.tables;
     const int32_t* from = words + (group * call.shape.subspaces + m) * t.pairs * call.words();
-    return call.kernels->bounds(from, call.words(), t.pairs, call.pixels(), call.longest[m], bounds);
+    return call.kernels->bounds(from, call.words(), t.pairs, call.pixels(), call.longest[m],
+                                bounds + m * call.words());
 }
 
-int32_t Image::peak_of(int64_t group, int64_t m, int32_t found) {
+int32_t Image::peak_of(int64_t m, int32_t found) {
     const ConvTables& t = call.tables;
     const int64_t term = m / t.gang;
-    if (call.shape.subspaces > 1) bound(group, m);  // one sub-space: they are there
     return call.kernels->peak(&t, call.codes + term * t.term_bytes * t.pairs, planes + term * t.gang * t.pairs,
-                              m % t.gang, bounds, call.pixels(), found);
+                              m % t.gang, bounds + m * call.words(), call.pixels(), found);
 }
 
 void Image::choose_scale(int32_t most) {

@@ -113,14 +113,21 @@ namespace {
 // NaN stays, negative zero goes.
 [[maybe_unused]] static float rectified(float v) { return v > 0 || v != v ? v : 0; }
 
-[[maybe_unused]] static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                                    const float* bias, int relu, float* y, int64_t stride, int64_t channels) {
-    for (int64_t p = 0; p < pixels; p++)
-        for (int64_t c = 0; c < channels; c++) {
-            int32_t sum = sums[p * BLOCK + c] - constant + (high ? high[p * BLOCK + c] * 128 : 0);
-            const float out = float(sum) * unit + bias[c];
-            y[p * stride + c] = relu ? rectified(out) : out;
+using Decode = void (*)(const ConvTables*, const uint8_t* acc, int64_t pixels, int32_t* sums, int add);
+
+template <Decode DECODE>
+static void finish(const ConvTables* t, const FinishJob* job) {
+    for (int64_t p = 0; p < job->pixels; p++) {
+        int32_t sums[2][BLOCK] = {};
+        for (int i = 0; i < 2 && job->acc[i]; i++) {
+            if (job->sums[i]) memcpy(sums[i], job->sums[i] + p * BLOCK, sizeof(sums[i]));
+            DECODE(t, job->acc[i] + p * t->acc_bytes, 1, sums[i], job->sums[i] != nullptr);
         }
+        for (int64_t c = 0; c < job->channels; c++) {
+            const float out = float(sums[0][c] + sums[1][c] * 128 - job->constant) * job->unit + job->bias[c];
+            job->y[p * job->y_stride + c] = job->relu ? rectified(out) : out;
+        }
+    }
 }
 
 [[maybe_unused]] static void pool(const PoolJob* job) {

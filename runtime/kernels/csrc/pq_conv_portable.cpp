@@ -7,6 +7,6 @@ using namespace plain;
 
 extern const ConvKernels conv_portable;
 const ConvKernels conv_portable = {4,          choose, largest, samples, bounds,      peak,      build,
-                                   accumulate, decode, finish,  pool,    exact_build, exact_sum, transpose};
+                                   accumulate, decode, finish<decode>,  pool,    exact_build, exact_sum, transpose};
 
 }  // namespace fx

@@ -81,8 +81,9 @@ struct Quantized : Rows {
     using Rows::Rows;
     bool wide = false;
     uint8_t* tables[2] = {};   // [ring][row_bytes()], the low (or only) and the high 7 bits
-    uint8_t* acc = nullptr;    // [block][pixel][acc_bytes]
-    int32_t* sums[2] = {};     // [block][pixel][BLOCK], of both planes
+    uint8_t* acc[2] = {};      // [block][pixel][acc_bytes], of both planes
+    int32_t* sums[2] = {};     // [block][pixel][BLOCK], what did not fit there
+    bool some[2] = {};         // whether it did not
     const int32_t** planes = nullptr;
     ConvStep* steps = nullptr;
 
@@ -98,7 +99,7 @@ struct Quantized : Rows {
             reserve_outputs(arena);
             // corrupt indices of 8 bits may read beyond the last table, never beyond this
             for (int i = 0; i <= wide; i++) tables[i] = arena.take<uint8_t>(call.ring() * call.row_bytes() + 256);
-            acc = arena.take<uint8_t>(acc_bytes());
+            for (int i = 0; i <= wide; i++) acc[i] = arena.take<uint8_t>(acc_bytes());
             for (int i = 0; i <= wide; i++) sums[i] = arena.take<int32_t>(area);
             planes = arena.take<const int32_t*>(call.slots() * t.pairs);
             steps = arena.take<ConvStep>(call.taps() * t.terms);
@@ -142,8 +143,8 @@ struct Quantized : Rows {
         const int64_t bytes = t.columns * t.term_bytes * most(1, window.count);
         if (terms > 1) terms = paired(least(terms, most(1, CHUNK_BYTES / bytes)), columns * kernel_rows, bytes);
         int64_t done = 0;
-        bool add = false;
-        memset(acc, 0, size_t(acc_bytes()));
+        some[plane] = false;
+        memset(acc[plane], 0, size_t(acc_bytes()));
         for (int64_t term = 0; term < t.terms; term += terms)
             for (int64_t row = 0; row < window.count; row += kernel_rows)
                 for (int64_t column = 0; column < s.kernel[1]; column += columns) {
@@ -151,14 +152,13 @@ struct Quantized : Rows {
                                               least(kernel_rows, window.count - row)};
                     const int64_t more = counts[0] * counts[1] * counts[2];
                     if (t.gang != 4 && done + more > bound) {
-                        decode(plane, add);
-                        memset(acc, 0, size_t(acc_bytes()));
-                        add = true, done = 0;
+                        call.kernels->decode(&t, acc[plane], t.blocks * s.out_width, sums[plane], some[plane]);
+                        memset(acc[plane], 0, size_t(acc_bytes()));
+                        some[plane] = true, done = 0;
                     }
                     done += more;
                     part(window, plane, term, column, row, counts);
                 }
-        decode(plane, add);
     }
 
     void part(const Window& window, int plane, int64_t term, int64_t column, int64_t row, const int64_t counts[3]) {
@@ -173,12 +173,8 @@ struct Quantized : Rows {
                               call.index + group * t.blocks * index_block + (i * call.taps() + tap) * codes};
                 for (int64_t k = 0; k < counts[1]; k++, step.table += column_bytes, step.index += codes) *to++ = step;
             }
-        const SumJob job{steps, to - steps, index_block, s.stride[1] * t.term_bytes, s.out_width, acc};
+        const SumJob job{steps, to - steps, index_block, s.stride[1] * t.term_bytes, s.out_width, acc[plane]};
         call.kernels->accumulate(&t, &job);
-    }
-
-    void decode(int plane, bool add) {
-        call.kernels->decode(&t, acc, t.blocks * s.out_width, sums[plane], add);
     }
 
     void row(int64_t out) {
@@ -188,12 +184,15 @@ struct Quantized : Rows {
         const int64_t entries = window.count * s.kernel[1] * t.terms * t.gang;
         const int32_t constant = int32_t(entries * (wide ? MIDDLE * 128 : MIDDLE));
         for (int64_t block = 0; block < t.blocks; block++) {
-            const int64_t at = block * s.out_width * BLOCK;
-            const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
             const bool direct = call.y_last && !pooled();
-            float* y = pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile;
-            call.kernels->finish(sums[0] + at, wide ? sums[1] + at : nullptr, s.out_width, constant, image.unit, bias,
-                                 call.relu, y, direct ? s.outputs : BLOCK, direct ? channels(block) : BLOCK);
+            FinishJob job{{}, {}, s.out_width, constant, image.unit, call.padded_bias + (group * t.blocks + block) * BLOCK,
+                          call.relu, pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile,
+                          direct ? s.outputs : BLOCK, direct ? channels(block) : BLOCK};
+            for (int i = 0; i <= wide; i++) {
+                job.acc[i] = acc[i] + block * s.out_width * t.acc_bytes;
+                job.sums[i] = some[i] ? sums[i] + block * s.out_width * BLOCK : nullptr;
+            }
+            call.kernels->finish(&t, &job);
             if (!call.y_last && !pooled()) write(block, out, tile);
         }
     }

@@ -51,18 +51,15 @@ float largest_code(const Call& call) {
 // Words of one sub-space, [pair][entry], in the order of build(): groups of 4 entries stay together.
 void place(const Call& call, int64_t slot, const int32_t* words) {
     const ConvTables& t = call.tables;
-    const int64_t lanes = call.kernels->lanes, chunk = 4 * lanes, sub = slot % t.gang;
+    const int64_t lanes = call.kernels->lanes, sub = slot % t.gang, entry = t.gang == 4 ? 0 : sub * t.entries;
+    const int64_t chunk = t.gang == 4 ? lanes : 4 * lanes;  // entries of this sub-space in a chunk
     int32_t* base = call.codes + slot / t.gang * t.term_bytes * t.pairs;
-    for (int64_t k = 0; k < t.entries; k += 4) {
-        int64_t number, vector, lane;
-        if (t.gang == 4) {
-            number = k / lanes, vector = sub, lane = k % lanes;
-        } else {
-            const int64_t entry = sub * t.entries + k, r = entry % chunk;
-            number = entry / chunk, vector = r / 4 % 4, lane = r / 16 * 4;
-        }
+    for (int64_t k = 0, number = entry / chunk, r = entry % chunk; k < t.entries; k += 4) {
+        const int64_t vector = t.gang == 4 ? sub : r / 4 % 4, lane = t.gang == 4 ? r : r / 16 * 4;
         for (int64_t p = 0; p < t.pairs; p++)
             memcpy(base + ((number * t.pairs + p) * 4 + vector) * lanes + lane, words + p * t.entries + k, 16);
+        r += 4;
+        if (r == chunk) r = 0, number++;
     }
 }
 

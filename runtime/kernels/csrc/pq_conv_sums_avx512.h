@@ -283,39 +283,65 @@ static void accumulate(const ConvTables* t, const SumJob* job) {
     }
 }
 
-FX_INLINE void put(int32_t* sums, __m512i v, int add) { store(sums, add ? _mm512_add_epi32(v, load(sums)) : v); }
+// Accumulators of one pixel -> its sums, channels in order, with those in `sums` where there are any.
+FX_INLINE void widen(int64_t gang, const uint8_t* acc, const int32_t* sums, __m512i v[4]) {
+    if (gang == 4) {
+        for (int i = 0; i < 4; i++) v[i] = load(acc + i * 64);
+    } else {
+        __m512i low = load(acc), high = load(acc + 64);
+        if (gang == 1) low = _mm512_sub_epi16(low, _mm512_slli_epi16(high, 8));
+        v[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(low));
+        v[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1));
+        v[2] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high));
+        v[3] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1));
+    }
+    for (int i = 0; sums && i < 4; i++) v[i] = _mm512_add_epi32(v[i], load(sums + i * 16));
+}
 
 static void decode(const ConvTables* t, const uint8_t* acc, int64_t pixels, int32_t* sums, int add) {
     for (int64_t p = 0; p < pixels; p++, sums += BLOCK, acc += t->acc_bytes) {
-        if (t->gang == 4) {
-            for (int v = 0; v < 4; v++) put(sums + v * 16, load(acc + v * 64), add);
-            continue;
-        }
-        __m512i low = load(acc), high = load(acc + 64);
-        if (t->gang == 1) low = _mm512_sub_epi16(low, _mm512_slli_epi16(high, 8));
-        put(sums, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)), add);
-        put(sums + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)), add);
-        put(sums + 32, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), add);
-        put(sums + 48, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), add);
+        __m512i v[4];
+        widen(t->gang, acc, add ? sums : nullptr, v);
+        for (int i = 0; i < 4; i++) store(sums + i * 16, v[i]);
     }
 }
 
-static void finish(const int32_t* sums, const int32_t* high, int64_t pixels, int32_t constant, float unit,
-                   const float* bias, int relu, float* y, int64_t stride, int64_t channels) {
-    const __m512i c = _mm512_set1_epi32(constant);
-    const __m512 u = _mm512_set1_ps(unit);
-    for (int64_t v = 0; v * 16 < channels; v++) {
-        const __m512 b = _mm512_loadu_ps(bias + v * 16);
-        const __mmask16 mask = first(channels - v * 16);
-        for (int64_t p = 0; p < pixels; p++) {
-            int64_t i = p * BLOCK + v * 16;
-            __m512i sum = _mm512_sub_epi32(load(sums + i), c);
-            if (high) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(load(high + i), 7));
-            __m512 out = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), u), b);
-            // NaN stays, negative zero goes
-            if (relu) out = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(out, _mm512_setzero_ps(), _CMP_NLE_UQ), out);
-            _mm512_mask_storeu_ps(y + p * stride + v * 16, mask, out);
+template <int GANG>
+static void finish_row(const ConvTables* t, const FinishJob* job) {
+    const FinishJob of = *job;  // no store can change this one
+    const __m512i constant = _mm512_set1_epi32(of.constant);
+    const __m512 unit = _mm512_set1_ps(of.unit), zero = _mm512_setzero_ps();
+    const int64_t bytes = t->acc_bytes;
+    __m512 bias[4];
+    __mmask16 mask[4];
+    for (int i = 0; i < 4; i++) {
+        bias[i] = _mm512_loadu_ps(of.bias + i * 16);
+        mask[i] = of.channels > i * 16 ? first(of.channels - i * 16) : 0;
+    }
+    // NaN stays, negative zero goes
+    const __mmask16 all = of.relu ? 0 : 0xffff;
+    for (int64_t p = 0; p < of.pixels; p++) {
+        __m512i sum[4], high[4];
+        widen(GANG, of.acc[0] + p * bytes, of.sums[0] ? of.sums[0] + p * BLOCK : nullptr, sum);
+        if (of.acc[1]) {
+            widen(GANG, of.acc[1] + p * bytes, of.sums[1] ? of.sums[1] + p * BLOCK : nullptr, high);
+            for (int i = 0; i < 4; i++) sum[i] = _mm512_add_epi32(sum[i], _mm512_slli_epi32(high[i], 7));
         }
+        FX_UNROLL
+        for (int i = 0; i < 4; i++) {
+            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[i], constant)), unit);
+            y = _mm512_add_ps(y, bias[i]);
+            y = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero, _CMP_NLE_UQ) | all, y);
+            _mm512_mask_storeu_ps(of.y + p * of.y_stride + i * 16, mask[i], y);
+        }
+    }
+}
+
+static void finish(const ConvTables* t, const FinishJob* job) {
+    switch (t->gang) {
+        case 4: return finish_row<4>(t, job);
+        case 2: return finish_row<2>(t, job);
+        default: return finish_row<1>(t, job);
     }
 }
 
