@@ -47,28 +47,50 @@ Int8Span span(const float* x, int64_t count) {
     return {_mm512_reduce_min_ps(low[0]), _mm512_reduce_max_ps(high[0])};
 }
 
-// Up to four planes of channels: 16 pixels become 16 lanes of four bytes, of which the first `channels` are kept.
-void round_planes(const Int8Pixels& of, const Int8Rounding& at) {
+// Bytes of four channels of 16 pixels: lane p has those of pixel p.
+FX_INLINE __m512i rounded4(const Int8Pixels& of, int64_t channel, int64_t channels, int64_t pixel, __mmask16 mask,
+                           const Int8Rounding& at) {
+    const float* x = of.x + channel * of.channel_step + pixel;
+    __m512i lanes = _mm512_setzero_si512();
+    for (int64_t c = 0; c < channels; c++, x += of.channel_step) {
+        fetch(x);
+        const __m128i shift = _mm_cvtsi32_si128(int(8 * c));
+        lanes = _mm512_or_si512(lanes, _mm512_sll_epi32(rounded16(_mm512_maskz_loadu_ps(mask, x), at), shift));
+    }
+    return lanes;
+}
+
+// Up to four planes of channels: of each lane the first `channels` bytes are kept.
+void round_few_planes(const Int8Pixels& of, const Int8Rounding& at) {
     alignas(64) uint8_t places[64] = {};
     for (int64_t p = 0; p < 16; p++)
         for (int64_t c = 0; c < of.channels; c++) places[p * of.channels + c] = uint8_t(4 * p + c);
     const __m512i order = _mm512_load_si512(places);
     for (int64_t p = 0; p < of.width; p += 16) {
         const int64_t count = least(16, of.width - p), bytes = count * of.channels;
-        __m512i lanes = _mm512_setzero_si512();
-        for (int64_t c = 0; c < of.channels; c++) {
-            fetch(of.x + c * of.channel_step + p);
-            const __m512 x = _mm512_maskz_loadu_ps(first16(count), of.x + c * of.channel_step + p);
-            const __m128i shift = _mm_cvtsi32_si128(int(8 * c));
-            lanes = _mm512_or_si512(lanes, _mm512_sll_epi32(rounded16(x, at), shift));
-        }
+        const __m512i lanes = rounded4(of, 0, of.channels, p, first16(count), at);
         const __mmask64 mask = bytes >= 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
         _mm512_mask_storeu_epi8(of.to + p * of.channels, mask, _mm512_permutexvar_epi8(order, lanes));
     }
 }
 
+// Four planes at a time; the last four may be some of those before.
+void round_planes(const Int8Pixels& of, const Int8Rounding& at) {
+    const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i places = _mm512_mullo_epi32(count, _mm512_set1_epi32(int(of.channels)));
+    for (int64_t done = 0; done < of.channels; done += 4) {
+        const int64_t c = least(done, of.channels - 4);
+        for (int64_t p = 0; p < of.width; p += 16) {
+            const __mmask16 mask = first16(of.width - p);
+            const __m512i lanes = rounded4(of, c, 4, p, mask, at);
+            _mm512_mask_i32scatter_epi32(of.to + p * of.channels + c, mask, places, lanes, 1);
+        }
+    }
+}
+
 void round_row(const Int8Pixels& of, const Int8Rounding& at) {
-    if (of.pixel_step == 1 && of.channels > 1 && of.channels <= 4) return round_planes(of, at);
+    const bool planes = of.pixel_step == 1 && of.channels > 1;
+    if (planes) return of.channels <= 4 ? round_few_planes(of, at) : round_planes(of, at);
     if (of.channel_step != 1 || of.pixel_step != of.channels) {
         if (of.channels != 1 || of.pixel_step != 1) return round_plain(of, at);
     }
