@@ -16,11 +16,10 @@ struct Quantizer {
         for (int i = 0; i < 3; i++) edge[i] = _mm512_set1_ps(from.edges[from.step ? i * from.step + channel : i]);
         if (from.step) flip = _mm512_set1_ps(from.flip[channel]);
     }
-    Quantizer(const BinaryEdges& from, int64_t channel, __mmask16 mask) : flip(_mm512_setzero_ps()) {
-        for (int i = 0; i < 3; i++)
-            edge[i] = from.step ? _mm512_maskz_loadu_ps(mask, from.edges + i * from.step + channel)
-                                : _mm512_set1_ps(from.edges[i]);
-        if (from.step) flip = _mm512_maskz_loadu_ps(mask, from.flip + channel);
+    // of channels with edges of their own
+    Quantizer(const BinaryEdges& from, int64_t channel, __mmask16 mask) {
+        for (int i = 0; i < 3; i++) edge[i] = _mm512_maskz_loadu_ps(mask, from.edges + i * from.step + channel);
+        flip = _mm512_maskz_loadu_ps(mask, from.flip + channel);
     }
     // `sum` + `unit` times the level, in 32-bit lanes; FLIPS: whether the sign of any channel changes
     template <bool FLIPS>
@@ -200,17 +199,17 @@ bool planes(const Job& job, int64_t image, int64_t begin, int64_t end) {
 
 // -- x is channels-last -----------------------------------------------------------------------------------------------
 
-// Levels of the channels of one pixel.
-void levels_of_pixel(const BinaryCall& call, const float* x, uint8_t* levels) {
-    const BinaryEdges& edges = call.edges;
-    Quantizer at(edges, 0, 0);
-    for (int64_t c = 0; c < call.channels; c += 16) {
-        const __mmask16 mask = __mmask16(first_of(least(16, call.channels - c)));
-        if (edges.step) at = Quantizer(edges, c, mask);
-        // lanes behind the last channel are 0, which may exceed an edge
-        const __m512i found = _mm512_maskz_mov_epi32(mask, at.level(_mm512_maskz_loadu_ps(mask, x + c)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + c), _mm512_cvtepi32_epi8(found));
-    }
+// Levels of `count` pixels side by side; those of the last are followed by at most 15 bytes of anything.
+void levels_of_pixels(const Job& job, const float* x, int64_t count, uint8_t* levels) {
+    const BinaryEdges& edges = job.call.edges;
+    const int64_t channels = job.call.channels;
+    if (!edges.step) return fill_channels<1>(job, {x, 0, count * channels, levels}, 0);
+    for (int64_t i = 0; i < count; i++, x += channels, levels += channels)
+        for (int64_t c = 0; c < channels; c += 16) {
+            const __mmask16 mask = __mmask16(first_of(least(16, channels - c)));
+            const __m512i found = Quantizer(edges, c, mask).level(_mm512_maskz_loadu_ps(mask, x + c));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + c), _mm512_cvtepi32_epi8(found));
+        }
 }
 
 // Codes of one pixel from its levels; returns eight numbers whose sum is that of the levels. What lies behind the last
@@ -324,9 +323,7 @@ bool pixels(const Job& job, int64_t image, int64_t begin, int64_t end) {
     const Narrow narrow(is_narrow ? job : Job{call, 0, 0, 0, false, nullptr, nullptr});
     for (int64_t p = begin; p < end; p += FEW) {
         const int64_t count = least(FEW, end - p), at = ((job.first + image) * call.pixels() + p) * call.channels;
-        for (int64_t i = 0; found && i < count; i++)
-            levels_of_pixel(call, static_cast<const float*>(call.x) + at + i * call.channels,
-                            found + i * call.channels);
+        if (found) levels_of_pixels(job, static_cast<const float*>(call.x) + at, count, found);
         const uint8_t* levels = found ? found : static_cast<const uint8_t*>(call.x) + at;
         uint8_t* const codes = job.codes_of(image) + p * job.pixel_step();
         int16_t* const totals = job.totals_of(image) + p;
