@@ -26,8 +26,9 @@ struct Call {
     int32_t* codes = nullptr;        // 16-bit code words, as build() reads them
     float* longest = nullptr;        // [term * gang] largest squared length of a 16-bit code word
     float* padded_bias = nullptr;    // [group][block][BLOCK]
-    int32_t *inputs = nullptr, *targets = nullptr;
-    int64_t count = 0;               // columns of tables to build
+    int32_t *inputs = nullptr, *targets = nullptr;  // [row of a batch][column]
+    int64_t count = 0;               // columns of tables to build, of one row
+    int64_t batch = 1;               // rows whose tables are built at once
     uint8_t* exact = nullptr;        // [image] 1 where it takes exact tables, 2 where there was no memory
     // exact tables, made when they are needed
     const uint8_t* plain = nullptr;
@@ -35,7 +36,11 @@ struct Call {
 
     int64_t taps() const { return shape.kernel[0] * shape.kernel[1]; }
     int64_t pixels() const { return shape.height * shape.width; }
-    int64_t ring() const { return least(shape.height, (shape.kernel[0] - 1) * shape.dilation[0] + 1); }
+    // Rows of tables in memory: whole batches, as many as a window may touch.
+    int64_t ring() const {
+        const int64_t extent = (shape.kernel[0] - 1) * shape.dilation[0] + 1;
+        return ceil_div(least(shape.height, extent + batch - 1), batch) * batch;
+    }
     int64_t slots() const { return tables.terms * tables.gang; }
     int64_t words() const { return ceil_div(pixels(), 16) * 16; }  // of one plane of samples
     int64_t row_bytes() const { return tables.terms * tables.columns * tables.term_bytes; }

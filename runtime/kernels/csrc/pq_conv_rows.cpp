@@ -112,18 +112,32 @@ struct Quantized : Rows {
     void start(int64_t group_) {
         group = group_;
         forget();
-        const size_t bytes = size_t(call.ring() * call.row_bytes());
-        memset(tables[0], wide ? 0 : MIDDLE, bytes);
-        if (wide) memset(tables[1], MIDDLE, bytes);
+        for (int64_t c = 0, next = 0; c < t.columns; c++) {
+            if (next < call.count && call.targets[next] == c)
+                next++;
+            else
+                pad(c);
+        }
     }
 
+    // Tables of zeros, in a column that lies outside of the image.
+    void pad(int64_t column) {
+        for (int64_t i = 0; i < call.ring() * t.terms; i++) {
+            const int64_t at = (i * t.columns + column) * t.term_bytes;
+            memset(tables[0] + at, wide ? 0 : MIDDLE, size_t(t.term_bytes));
+            if (wide) memset(tables[1] + at, MIDDLE, size_t(t.term_bytes));
+        }
+    }
+
+    // The batch of rows in which `input` is.
     void build(int64_t input) {
-        const int64_t slot = input % call.ring();
-        if (held[slot] == input) return;
-        held[slot] = input;
-        image.plane_list(group, input * s.width, planes);
-        BuildJob job{call.codes, planes, call.inputs, call.targets, call.count, {}, wide, image.shift, image.multiplier,
-                     image.factor};
+        if (held[input % call.ring()] == input) return;
+        const int64_t begin = input / call.batch * call.batch, slot = begin % call.ring();
+        const int64_t count = least(call.batch, s.height - begin);
+        for (int64_t i = 0; i < count; i++) held[slot + i] = begin + i;
+        image.plane_list(group, begin * s.width, planes);
+        BuildJob job{call.codes, planes, call.inputs, call.targets, count * call.count, {}, wide, image.shift,
+                     image.multiplier, image.factor};
         for (int i = 0; i <= wide; i++) job.tables[i] = tables[i] + slot * call.row_bytes();
         call.kernels->build(&t, &job);
     }

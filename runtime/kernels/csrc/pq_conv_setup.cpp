@@ -6,6 +6,8 @@
 
 namespace fx {
 
+constexpr int64_t NARROW = 16;
+
 void lay_out(Call& call) {
     const ConvShape& s = call.shape;
     ConvTables& t = call.tables;
@@ -15,6 +17,8 @@ void lay_out(Call& call) {
     t.pairs = ceil_div(least(s.subwidth, s.group_channels), 2);
     t.columns = (s.out_width - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] + 1;
     t.blocks = ceil_div(s.group_outputs, BLOCK), t.acc_bytes = t.gang == 4 ? BLOCK * 4 : BLOCK * 2;
+    // what a run of build() costs to begin counts in narrow images; each row must be of use
+    call.batch = s.width <= NARROW && s.stride[0] <= s.kernel[0] && s.dilation[0] == 1 ? 2 : 1;
     int64_t log = 0;
     while ((int64_t(1) << log) < s.subwidth) log++;
     const int64_t code_bits = least(14, (31 - log) / 2), sample_bits = least(14, (30 - log) / 2);
@@ -37,6 +41,10 @@ void list_columns(Call& call, uint8_t* used) {
         const int64_t input = c - s.padding[1];
         if (!used[c] || input < 0 || input >= s.width) continue;
         call.inputs[call.count] = int32_t(input), call.targets[call.count++] = int32_t(c);
+    }
+    for (int64_t i = call.count; i < call.batch * call.count; i++) {  // the next row, of x and of tables
+        call.inputs[i] = int32_t(call.inputs[i - call.count] + s.width);
+        call.targets[i] = int32_t(call.targets[i - call.count] + call.tables.terms * call.tables.columns);
     }
 }
 
@@ -109,7 +117,8 @@ int prepare(Call& call) {
         float* rows = arena.take<float>(s.codewords * s.subwidth + t.entries);
         call.longest = arena.take<float>(call.slots());
         call.padded_bias = arena.take<float>(s.groups * t.blocks * BLOCK);
-        call.inputs = arena.take<int32_t>(t.columns), call.targets = arena.take<int32_t>(t.columns);
+        call.inputs = arena.take<int32_t>(call.batch * t.columns);
+        call.targets = arena.take<int32_t>(call.batch * t.columns);
         uint8_t* used = arena.take<uint8_t>(t.columns);
         call.exact = arena.take<uint8_t>(s.images);
         if (!real) {
