@@ -81,21 +81,23 @@ FX_INLINE void products(const int32_t* codebook, const int32_t* const* planes, i
     }
 }
 
-// Pixels are compared sixteen at a time; what the tables of those above the limit hold is reduced once for all of them.
+// Pixels are compared sixteen at a time. What the tables of those above the limit hold is reduced, and the limit raised,
+// once in a stretch: it takes longer than tables of some pixels that a higher limit would have ruled out.
 template <int GANG, int PAIRS>
 static int32_t peak_chunks(int64_t chunks, const int32_t* codebook, const int32_t* const* planes, int64_t pairs,
                            const float* bounds, int64_t pixels, int32_t found) {
-    for (int64_t i = 0; i < pixels; i += 16) {
+    constexpr int64_t STRETCH = 256;
+    for (int64_t begin = 0; begin < pixels; begin += STRETCH) {
         const __m512 limit = _mm512_set1_ps(peak_limit(found));
-        const __m512 here = _mm512_maskz_loadu_ps(first(pixels - i), bounds + i);
-        uint32_t above = _mm512_cmp_ps_mask(here, limit, _CMP_GT_OQ);
-        if (!above) continue;
         __m512i most = _mm512_setzero_si512(), a[4];
-        for (; above; above &= above - 1)
-            for (int64_t c = 0; c < chunks; c++) {
-                products<GANG, PAIRS>(codebook + c * pairs * 64, planes, pairs, i + __builtin_ctz(above), a);
-                for (int v = 0; v < 4; v++) most = _mm512_max_epi32(most, _mm512_abs_epi32(a[v]));
-            }
+        for (int64_t i = begin; i < least(pixels, begin + STRETCH); i += 16) {
+            const __m512 here = _mm512_maskz_loadu_ps(first(pixels - i), bounds + i);
+            for (uint32_t above = _mm512_cmp_ps_mask(here, limit, _CMP_GT_OQ); above; above &= above - 1)
+                for (int64_t c = 0; c < chunks; c++) {
+                    products<GANG, PAIRS>(codebook + c * pairs * 64, planes, pairs, i + __builtin_ctz(above), a);
+                    for (int v = 0; v < 4; v++) most = _mm512_max_epi32(most, _mm512_abs_epi32(a[v]));
+                }
+        }
         found = int32_t(fx::most(found, _mm512_reduce_max_epi32(most)));
     }
     return found;
