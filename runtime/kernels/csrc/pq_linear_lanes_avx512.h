@@ -143,7 +143,9 @@ FX_INLINE void sum_lanes_fp32(const PqLookUp& job, const PqImage* images, const 
                     for (int b = 0; b < B; b++) {
                         const Floats found = K == 16 ? _mm512_permutexvar_ps(index, table[half][b])
                                                      : _mm512_permutex2var_ps(table[half][b], index, upper[half][b]);
-                        sum[r][b] = _mm512_add_ps(sum[r][b], found);
+                        // the same sum from other units: permutations, shifts and additions share three of four
+                        sum[r][b] = half ? _mm512_fmadd_ps(found, _mm512_set1_ps(1.0f), sum[r][b])
+                                         : _mm512_add_ps(sum[r][b], found);
                         FX_NOW(sum[r][b]);
                     }
                 }
@@ -199,7 +201,8 @@ void look_up_lanes(const PqLookUp& job, int64_t begin, int64_t end) {
         const int64_t first = output / PANEL * PANEL, width = least(PANEL, padded - first);
         const uint8_t* panel = layout.payload + first * words * 4 + (output - first) * 4;
         const int64_t left = ceil_div(least(end, first + width) - output, 16);
-        if (left >= 16 && job.images == 1) {
+        const bool fits = job.images == 1 && job.tables != INT16;  // the sums of sixteen registers, and their tables
+        if (left >= 16 && fits) {
             sum_lanes_any<16, 1>(job, job.image, panel, width * 4, output, {0, words, nullptr, true, true});
             output += 256;
         } else if (left >= 8) {
