@@ -74,12 +74,15 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
 #define FX_CODES_OF_TWO \
     FX_CODES_OF_ONE FX_READ("(%[i],%[block])", "18") FX_READ("64(%[i],%[block])", "19") \
     FX_READ("(%[j],%[block])", "22") FX_READ("64(%[j],%[block])", "23")
-// K = 128, two blocks: of each even bytes + 256 odd bytes, which may wrap, and odd bytes alone.
-#define FX_PIXEL_OF_128(P, A, B, C, D) \
+// K = 128: of a block even bytes + 256 odd bytes, which may wrap, and odd bytes alone.
+#define FX_PIXEL_OF_ONE_128(P, A, B) \
+    FX_TABLES FX_LAST_FIRST("16") FX_LAST_SECOND("20") FX_ADD("26", "24") FX_WRAP("24", A) FX_WIDEN("24") FX_SUM("24", B)
+#define FX_CODES_OF_ONE_128 FX_READ("(%[i])", "16") FX_READ("(%[j])", "20")
+#define FX_PIXEL_OF_TWO_128(P, A, B, C, D) \
     FX_TABLES FX_COPY("16", "28") FX_COPY("20", "29") FX_FIRST("28") FX_SECOND("29") FX_LAST_FIRST("17") \
     FX_LAST_SECOND("21") FX_ADD("29", "28") FX_ADD("26", "24") FX_WRAP("28", A) FX_WRAP("24", C) FX_WIDEN("28") \
     FX_WIDEN("24") FX_SUM("28", B) FX_SUM("24", D)
-#define FX_CODES_OF_128 \
+#define FX_CODES_OF_TWO_128 \
     FX_READ("(%[i])", "16") FX_READ("(%[i],%[block])", "17") FX_READ("(%[j])", "20") FX_READ("(%[j],%[block])", "21")
 #define FX_OPEN_ONE(P, A, B) FX_READ("128*" P "(%[acc])", A) FX_READ("128*" P "+64(%[acc])", B)
 #define FX_CLOSE_ONE(P, A, B) FX_WRITE(A, "128*" P "(%[acc])") FX_WRITE(B, "128*" P "+64(%[acc])")
@@ -120,9 +123,12 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
 #define FX_RUN_TWO(P) \
     if constexpr (PIXELS == P) \
         FX_RUN(FX_TWO_##P(FX_OPEN_TWO), FX_CODES_OF_TWO, FX_TWO_##P(FX_PIXEL_OF_TWO), FX_TWO_##P(FX_CLOSE_TWO))
-#define FX_RUN_128(P) \
+#define FX_RUN_ONE_128(P) \
     if constexpr (PIXELS == P) \
-        FX_RUN(FX_TWO_##P(FX_OPEN_TWO), FX_CODES_OF_128, FX_TWO_##P(FX_PIXEL_OF_128), FX_TWO_##P(FX_CLOSE_TWO))
+        FX_RUN(FX_ONE_##P(FX_OPEN_ONE), FX_CODES_OF_ONE_128, FX_ONE_##P(FX_PIXEL_OF_ONE_128), FX_ONE_##P(FX_CLOSE_ONE))
+#define FX_RUN_TWO_128(P) \
+    if constexpr (PIXELS == P) \
+        FX_RUN(FX_TWO_##P(FX_OPEN_TWO), FX_CODES_OF_TWO_128, FX_TWO_##P(FX_PIXEL_OF_TWO_128), FX_TWO_##P(FX_CLOSE_TWO))
 
 // The step that is left over where their number is odd.
 static void add_step(const SumJob* job, const ConvStep& step, int64_t block, int64_t x, int64_t pixels) {
@@ -223,20 +229,24 @@ static void sum_gang1(const SumJob* job, int64_t block, int64_t x) {
         for (int i = 0; i < 2 * Q; i++) store(at + (i / 2 * job->pixels + p) * 128 + i % 2 * 64, acc[p][i / 2][i % 2]);
 }
 
-// K = 128, two blocks.
-template <int PIXELS>
+template <int PIXELS, int BLOCKS>
 static void sum_128(const SumJob* job, int64_t block, int64_t x) {
     const ConvStep *at = job->steps, *end = at + job->step_count / 2 * 2;
     uint8_t* acc = job->acc + (block * job->pixels + x) * 128;
     const uint8_t *t, *u, *i, *j;
     const uint16_t weights = 0x0100;  // the odd byte
     if (at < end) {
-        FX_RUN_128(1); FX_RUN_128(2); FX_RUN_128(3); FX_RUN_128(4); FX_RUN_128(5);
+        if constexpr (BLOCKS == 2) {
+            FX_RUN_TWO_128(1); FX_RUN_TWO_128(2); FX_RUN_TWO_128(3); FX_RUN_TWO_128(4); FX_RUN_TWO_128(5);
+        } else {
+            FX_RUN_ONE_128(1); FX_RUN_ONE_128(2); FX_RUN_ONE_128(3); FX_RUN_ONE_128(4);
+            FX_RUN_ONE_128(5); FX_RUN_ONE_128(6); FX_RUN_ONE_128(7); FX_RUN_ONE_128(8);
+        }
     }
     if (job->step_count % 2 == 0) return;
     SumJob rest = *job;
     rest.steps += job->step_count - 1, rest.step_count = 1;
-    sum_gang1<128, PIXELS, 2>(&rest, block, x);
+    sum_gang1<128, PIXELS, BLOCKS>(&rest, block, x);
 }
 
 using Sum = void (*)(const SumJob*, int64_t block, int64_t x);
@@ -265,10 +275,9 @@ static void accumulate(const ConvTables* t, const SumJob* job) {
     static const Sum gang2[] = {sum_gang2<1, 1>, sum_gang2<2, 1>, sum_gang2<3, 1>, sum_gang2<4, 1>,
                                 sum_gang2<5, 1>, sum_gang2<6, 1>, sum_gang2<7, 1>, sum_gang2<8, 1>};
     static const Sum gang2_two[] = {sum_gang2<1, 2>, sum_gang2<2, 2>, sum_gang2<3, 2>, sum_gang2<4, 2>};
-    static const Sum one128[] = {sum_gang1<128, 1, 1>, sum_gang1<128, 2, 1>, sum_gang1<128, 3, 1>,
-                                 sum_gang1<128, 4, 1>, sum_gang1<128, 5, 1>, sum_gang1<128, 6, 1>,
-                                 sum_gang1<128, 7, 1>, sum_gang1<128, 8, 1>};
-    static const Sum two128[] = {sum_128<1>, sum_128<2>, sum_128<3>, sum_128<4>, sum_128<5>};
+    static const Sum one128[] = {sum_128<1, 1>, sum_128<2, 1>, sum_128<3, 1>, sum_128<4, 1>,
+                                 sum_128<5, 1>, sum_128<6, 1>, sum_128<7, 1>, sum_128<8, 1>};
+    static const Sum two128[] = {sum_128<1, 2>, sum_128<2, 2>, sum_128<3, 2>, sum_128<4, 2>, sum_128<5, 2>};
     static const Sum one256[] = {sum_gang1<256, 1, 1>, sum_gang1<256, 2, 1>, sum_gang1<256, 3, 1>,
                                  sum_gang1<256, 4, 1>};
     static const Sum one64[] = {sum_gang1<64, 1, 1>, sum_gang1<64, 2, 1>, sum_gang1<64, 3, 1>, sum_gang1<64, 4, 1>,
