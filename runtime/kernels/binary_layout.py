@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ...ir.errors import KernelError
+from . import pages
 
 MAGIC = b"FXPBIN03"
 HEADER_BYTES = 64
@@ -103,7 +104,7 @@ def pack(layout: int, plus: Tensor, groups: int = 1) -> Tensor:
     if not header.is_sane():
         raise KernelError(f"No layout of binary weights for {header}")
     payload = _six(plus) if layout == SIX else _planes(header, plus)
-    return torch.cat([header.to_bytes(), payload.flatten()])
+    return pages.cat([header.to_bytes(), payload.flatten()])
 
 
 def unpack(layout: Tensor) -> tuple[Header, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ...ir.errors import KernelError
-from . import conv_layout
+from . import conv_layout, pages
 
 MAGIC = b"FXPQIDX1"
 HEADER_BYTES = 64
@@ -142,7 +142,7 @@ def pack(layout: int, indices: Tensor, codewords: int, groups: int = 1) -> Tenso
     if not header.is_sane():
         raise KernelError(f"No index layout for {header}", hint="Code words are a power of two from 2 to 256")
     header = Header(layout, codewords, taps, subspaces, outputs, groups, header.expected_bytes())
-    return torch.cat([header.to_bytes(), LAYOUTS[layout].pack(header, indices)])
+    return pages.cat([header.to_bytes(), LAYOUTS[layout].pack(header, indices)])
 
 
 def unpack(layout: Tensor) -> tuple[Header, Tensor]:
