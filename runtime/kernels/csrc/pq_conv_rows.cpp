@@ -199,8 +199,9 @@ struct Quantized : Rows {
         const int32_t constant = int32_t(entries * (wide ? MIDDLE * 128 : MIDDLE));
         for (int64_t block = 0; block < t.blocks; block++) {
             const bool direct = call.y_last && !pooled();
-            FinishJob job{{}, {}, s.out_width, constant, image.unit, call.padded_bias + (group * t.blocks + block) * BLOCK,
-                          call.relu, pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile,
+            const float* bias = call.padded_bias + (group * t.blocks + block) * BLOCK;
+            FinishJob job{{}, {}, s.out_width, constant, image.unit, bias, call.relu,
+                          pooled() ? unpooled_row(block, out) : direct ? output(block, out) : tile,
                           direct ? s.outputs : BLOCK, direct ? channels(block) : BLOCK};
             for (int i = 0; i <= wide; i++) {
                 job.acc[i] = acc[i] + block * s.out_width * t.acc_bytes;

@@ -76,7 +76,8 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
     FX_READ("(%[j],%[block])", "22") FX_READ("64(%[j],%[block])", "23")
 // K = 128: of a block even bytes + 256 odd bytes, which may wrap, and odd bytes alone.
 #define FX_PIXEL_OF_ONE_128(P, A, B) \
-    FX_TABLES FX_LAST_FIRST("16") FX_LAST_SECOND("20") FX_ADD("26", "24") FX_WRAP("24", A) FX_WIDEN("24") FX_SUM("24", B)
+    FX_TABLES FX_LAST_FIRST("16") FX_LAST_SECOND("20") FX_ADD("26", "24") FX_WRAP("24", A) FX_WIDEN("24") \
+    FX_SUM("24", B)
 #define FX_CODES_OF_ONE_128 FX_READ("(%[i])", "16") FX_READ("(%[j])", "20")
 #define FX_PIXEL_OF_TWO_128(P, A, B, C, D) \
     FX_TABLES FX_COPY("16", "28") FX_COPY("20", "29") FX_FIRST("28") FX_SECOND("29") FX_LAST_FIRST("17") \
@@ -199,7 +200,8 @@ static void sum_gang1(const SumJob* job, int64_t block, int64_t x) {
         __mmask64 m0[Q], m1[Q];
         FX_UNROLL
         for (int q = 0; q < Q; q++) {
-            c0[q] = load(one.index + index + q * job->index_block), c1[q] = load(two.index + index + q * job->index_block);
+            const int64_t codes = index + q * job->index_block;
+            c0[q] = load(one.index + codes), c1[q] = load(two.index + codes);
             m0[q] = _mm512_movepi8_mask(c0[q]), m1[q] = _mm512_movepi8_mask(c1[q]);
         }
         if (pair) {
