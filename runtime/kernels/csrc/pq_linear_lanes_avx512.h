@@ -75,6 +75,7 @@ FX_INLINE void sum_lanes(const PqLookUp& job, const PqImage* images, const uint8
         FX_UNROLL
         for (int r = 0; r < R; r++) {
             fetch(at + r * 64);
+            if (Kind::WORDS == 2) fetch(at + next + r * 64);
             Kind::steps(at + r * 64, next, [&](int64_t offset, Ints index) __attribute__((always_inline)) {
                 FX_UNROLL
                 for (int b = 0; b < B; b++) {
