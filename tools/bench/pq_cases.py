@@ -58,7 +58,12 @@ FC_GOALS = (
     Setting(32, 8, "fp32", {(1, "warm"): 10.0}),
     Setting(64, 8, "int8"),
 )
-CONV_SETTINGS = (Setting(64, 8, "int8", {(1, "warm"): 4.0}), Setting(16, 4, "int8"), Setting(128, 8, "int8"))
+CONV_SETTINGS = (
+    Setting(64, 8, "int8", {(1, "warm"): 4.0}),
+    Setting(16, 8, "int8"),
+    Setting(16, 4, "int8"),
+    Setting(128, 8, "int8"),
+)
 
 
 def cases(*, quick: bool = False) -> tuple[Case, ...]:
