@@ -166,19 +166,12 @@ int64_t fill_half(const Job& job, int64_t image, int64_t half, int64_t group, in
     return group + alike;
 }
 
-struct CodeTotals {
-    alignas(64) uint8_t total[64];
-    CodeTotals() {
-        for (int code = 0; code < 64; code++) total[code] = uint8_t((code & 3) + (code >> 2 & 3) + (code >> 4));
-    }
-};
-
 bool planes(const Job& job, int64_t image, int64_t begin, int64_t end) {
-    static const CodeTotals of_code;
+    static constexpr CodeTotals TOTALS;
     const int64_t count = 2 * job.groups;
     for (int64_t half = 0; half < 2; half++)
         for (int64_t group = 0; group < job.groups;) group = fill_half(job, image, half, group, begin, end);
-    const __m512i total = _mm512_load_si512(of_code.total);
+    const __m512i total = _mm512_load_si512(TOTALS.of);
     const uint8_t* codes = job.codes_of(image);
     int16_t* totals = job.totals_of(image);
     for (int64_t p = begin; p < end; p += 64) {

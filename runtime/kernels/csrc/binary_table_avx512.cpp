@@ -26,13 +26,12 @@ constexpr int64_t MANY = 72, SURE = 18;
 constexpr int64_t WRITTEN = 112;          // pixels that are written together, whole vectors of 16 for many widths
 
 struct TableBytes {
-    alignas(64) uint8_t total[64] = {};     // of a code, the sum of its levels
+    CodeTotals totals;
     alignas(64) uint8_t kept[64] = {};      // [j]: the levels of a code that the low three bits of j pick
     alignas(64) uint8_t round[8][64] = {};  // [i]: 8 i to 8 i + 7 in turn
     alignas(64) uint8_t each[8][64] = {};   // [i]: 8 i to 8 i + 7, each eight times
     constexpr TableBytes() {
         for (int j = 0; j < 64; j++) {
-            total[j] = uint8_t((j & 3) + (j >> 2 & 3) + (j >> 4));
             kept[j] = uint8_t((j & 1 ? 3 : 0) + (j & 2 ? 12 : 0) + (j & 4 ? 48 : 0));
             for (int i = 0; i < 8; i++) round[i][j] = uint8_t(8 * i + j % 8), each[i][j] = uint8_t(8 * i + j / 8);
         }
@@ -49,7 +48,7 @@ public:
         // constants that a compiler knows it makes anew, by instructions that compete with the permutes
         asm("" : "+r"(bytes));
 #endif
-        total_ = _mm512_load_si512(bytes->total), kept_ = _mm512_load_si512(bytes->kept);
+        total_ = _mm512_load_si512(bytes->totals.of), kept_ = _mm512_load_si512(bytes->kept);
         FX_UNROLL
         for (int i = 0; i < 8; i++)
             round_[i] = _mm512_load_si512(bytes->round[i]), each_[i] = _mm512_load_si512(bytes->each[i]);

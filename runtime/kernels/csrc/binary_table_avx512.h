@@ -35,6 +35,14 @@ struct Job {
     int16_t* totals_of(int64_t image) const { return totals + image * image_totals(); }
 };
 
+// Of a code, the sum of its levels.
+struct CodeTotals {
+    alignas(64) uint8_t of[64] = {};
+    constexpr CodeTotals() {
+        for (int code = 0; code < 64; code++) of[code] = uint8_t((code & 3) + (code >> 2 & 3) + (code >> 4));
+    }
+};
+
 // Codes and totals of the pixels [begin, end) of an image; `begin` is a multiple of 64. False if there is no memory.
 bool find_codes(const Job& job, int64_t image, int64_t begin, int64_t end);
 

@@ -66,9 +66,9 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
 #define FX_PIXEL_OF_TWO(P, A, B, C, D) \
     FX_TABLES FX_COPY("16", "28") FX_COPY("20", "29") FX_COPY("17", "30") FX_FIRST("28") FX_SECOND("29") \
     FX_FIRST("30") FX_ADD("29", "28") FX_COPY("21", "29") FX_SECOND("29") FX_WIDEN("28") FX_SUM("28", A) \
-    FX_ADD("29", "30") FX_WIDEN("30") FX_COPY("18", "28") FX_COPY("22", "29") FX_FIRST("28") FX_SECOND("29") FX_SUM("30", B) \
-    FX_LAST_FIRST("19") FX_LAST_SECOND("23") FX_ADD("29", "28") FX_ADD("26", "24") FX_WIDEN("28") FX_WIDEN("24") \
-    FX_SUM("28", C) FX_SUM("24", D)
+    FX_ADD("29", "30") FX_WIDEN("30") FX_COPY("18", "28") FX_COPY("22", "29") FX_FIRST("28") FX_SECOND("29") \
+    FX_SUM("30", B) FX_LAST_FIRST("19") FX_LAST_SECOND("23") FX_ADD("29", "28") FX_ADD("26", "24") FX_WIDEN("28") \
+    FX_WIDEN("24") FX_SUM("28", C) FX_SUM("24", D)
 #define FX_CODES_OF_ONE \
     FX_READ("(%[i])", "16") FX_READ("64(%[i])", "17") FX_READ("(%[j])", "20") FX_READ("64(%[j])", "21")
 #define FX_CODES_OF_TWO \
@@ -118,18 +118,11 @@ static void sum_gang4(const SumJob* job, int64_t block, int64_t x) {
 #define FX_TWO_4(DO) FX_TWO_3(DO) DO("3", "12", "13", "14", "15")
 // registers that the indices of K = 128 leave free
 #define FX_TWO_5(DO) FX_TWO_4(DO) DO("4", "18", "19", "22", "23")
-#define FX_RUN_ONE(P) \
+// a tile of P pixels; ONE or TWO blocks, and which codes and look-ups
+#define FX_TILE(BLOCKS, P, KIND) \
     if constexpr (PIXELS == P) \
-        FX_RUN(FX_ONE_##P(FX_OPEN_ONE), FX_CODES_OF_ONE, FX_ONE_##P(FX_PIXEL_OF_ONE), FX_ONE_##P(FX_CLOSE_ONE))
-#define FX_RUN_TWO(P) \
-    if constexpr (PIXELS == P) \
-        FX_RUN(FX_TWO_##P(FX_OPEN_TWO), FX_CODES_OF_TWO, FX_TWO_##P(FX_PIXEL_OF_TWO), FX_TWO_##P(FX_CLOSE_TWO))
-#define FX_RUN_ONE_128(P) \
-    if constexpr (PIXELS == P) \
-        FX_RUN(FX_ONE_##P(FX_OPEN_ONE), FX_CODES_OF_ONE_128, FX_ONE_##P(FX_PIXEL_OF_ONE_128), FX_ONE_##P(FX_CLOSE_ONE))
-#define FX_RUN_TWO_128(P) \
-    if constexpr (PIXELS == P) \
-        FX_RUN(FX_TWO_##P(FX_OPEN_TWO), FX_CODES_OF_TWO_128, FX_TWO_##P(FX_PIXEL_OF_TWO_128), FX_TWO_##P(FX_CLOSE_TWO))
+        FX_RUN(FX_##BLOCKS##_##P(FX_OPEN_##BLOCKS), FX_CODES_OF_##KIND, FX_##BLOCKS##_##P(FX_PIXEL_OF_##KIND), \
+               FX_##BLOCKS##_##P(FX_CLOSE_##BLOCKS))
 
 // The step that is left over where their number is odd.
 static void add_step(const SumJob* job, const ConvStep& step, int64_t block, int64_t x, int64_t pixels) {
@@ -153,10 +146,10 @@ static void sum_gang2(const SumJob* job, int64_t block, int64_t x) {
     const uint16_t weights = 0x0101;  // both bytes
     if (at < end) {
         if constexpr (BLOCKS == 2) {
-            FX_RUN_TWO(1); FX_RUN_TWO(2); FX_RUN_TWO(3); FX_RUN_TWO(4);
+            FX_TILE(TWO, 1, TWO); FX_TILE(TWO, 2, TWO); FX_TILE(TWO, 3, TWO); FX_TILE(TWO, 4, TWO);
         } else {
-            FX_RUN_ONE(1); FX_RUN_ONE(2); FX_RUN_ONE(3); FX_RUN_ONE(4);
-            FX_RUN_ONE(5); FX_RUN_ONE(6); FX_RUN_ONE(7); FX_RUN_ONE(8);
+            FX_TILE(ONE, 1, ONE); FX_TILE(ONE, 2, ONE); FX_TILE(ONE, 3, ONE); FX_TILE(ONE, 4, ONE);
+            FX_TILE(ONE, 5, ONE); FX_TILE(ONE, 6, ONE); FX_TILE(ONE, 7, ONE); FX_TILE(ONE, 8, ONE);
         }
     }
     for (int b = 0; b < BLOCKS && job->step_count % 2; b++)
@@ -239,10 +232,11 @@ static void sum_128(const SumJob* job, int64_t block, int64_t x) {
     const uint16_t weights = 0x0100;  // the odd byte
     if (at < end) {
         if constexpr (BLOCKS == 2) {
-            FX_RUN_TWO_128(1); FX_RUN_TWO_128(2); FX_RUN_TWO_128(3); FX_RUN_TWO_128(4); FX_RUN_TWO_128(5);
+            FX_TILE(TWO, 1, TWO_128); FX_TILE(TWO, 2, TWO_128); FX_TILE(TWO, 3, TWO_128); FX_TILE(TWO, 4, TWO_128);
+            FX_TILE(TWO, 5, TWO_128);
         } else {
-            FX_RUN_ONE_128(1); FX_RUN_ONE_128(2); FX_RUN_ONE_128(3); FX_RUN_ONE_128(4);
-            FX_RUN_ONE_128(5); FX_RUN_ONE_128(6); FX_RUN_ONE_128(7); FX_RUN_ONE_128(8);
+            FX_TILE(ONE, 1, ONE_128); FX_TILE(ONE, 2, ONE_128); FX_TILE(ONE, 3, ONE_128); FX_TILE(ONE, 4, ONE_128);
+            FX_TILE(ONE, 5, ONE_128); FX_TILE(ONE, 6, ONE_128); FX_TILE(ONE, 7, ONE_128); FX_TILE(ONE, 8, ONE_128);
         }
     }
     if (job->step_count % 2 == 0) return;
