@@ -89,6 +89,8 @@ fxpress.distill(student, network(2, 6), Data(train=loader()), epochs=1, workdir=
                 level="class")
 found["distill"] = {"state": student.state_dict()}
 torch.save(found, folder / f"{rank}.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends before them
 """
 
 

@@ -32,6 +32,8 @@ result, _ = run_pass(one, graph, Context(graph, Data(calibration=batches)))
 state = {name: tensor.detach() for name, tensor in graph.module.state_dict().items()}
 torch.save({"state": state, "notes": result.notes, "seen": seen, "metrics": result.metrics},
            f"{sys.argv[1]}/{os.environ.get('RANK', '0')}.pt")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads may abort a process that ends before them
 """
 
 
